@@ -1,0 +1,267 @@
+"""Every setting of a run, with its type, range, default and one sentence: the recipe tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ModuleGroup = Literal["vision", "projector", "language"]
+Family = Literal["internvl", "qwen2_vl"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TinyConfig(_Section):
+    """A small model of the real architecture, built here from nothing; research sizes that learn in minutes."""
+
+    hidden_size: int = Field(default=160, gt=0, multiple_of=8)
+    """Width of the language model."""
+    num_layers: int = Field(default=3, gt=0)
+    """Decoder layers of the language model."""
+    num_heads: int = Field(default=4, gt=0)
+    """Attention heads of the language model and of the vision tower."""
+    num_kv_heads: int = Field(default=4, gt=0)
+    """Key/value heads of the language model."""
+    intermediate_size: int = Field(default=480, gt=0)
+    """Feed-forward width of the language model."""
+    vision_hidden_size: int = Field(default=96, gt=0)
+    """Width of the vision tower."""
+    vision_layers: int = Field(default=2, gt=0)
+    """Layers of the vision tower."""
+    vocab_size: int = Field(default=1024, ge=320)
+    """Size of the byte-level BPE vocabulary, special tokens included; trained on the dataset's own text."""
+    init_std: float = Field(default=0.08, gt=0)
+    """Standard deviation of the language model's initial weights (0.02 never learns to look at this size)."""
+    vision_init_std: float = Field(default=0.06, gt=0)
+    """Standard deviation of the vision tower's initial weights."""
+    warmup_steps: int = Field(default=500, ge=0)
+    """Steps in which the vision tower learns to tell the training pictures' concepts apart before step 0; 0 for none."""
+    warmup_lr: float = Field(default=3e-3, gt=0)
+    """Learning rate of that vision warm-up."""
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters."""
+
+    rank: int = Field(default=16, gt=0)
+    """Rank of each adapter."""
+    alpha: float = Field(default=32, gt=0)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: tuple[ModuleGroup, ...] = ("language",)
+    """Module groups whose linear layers get adapters."""
+
+
+class ModelConfig(_Section):
+    """Which model, where its weights are, and which parts are trained."""
+
+    family: Family
+    """Architecture family: internvl or qwen2_vl."""
+    path: str | None = None
+    """Local folder with the weights, or a hub id (the only thing that ever fetches from a hub)."""
+    revision: str | None = None
+    """Hub revision of `path`."""
+    tiny: TinyConfig | None = None
+    """Build a small model instead of loading `path`."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernels; auto takes flash attention where it is installed and a GPU is present, SDPA otherwise."""
+    trust_remote_code: bool = False
+    """Run code that comes with the weights. Off; MIRage needs none for its own families."""
+    train: tuple[ModuleGroup, ...] = ("projector", "language")
+    """Module groups trained in full (with `lora`: beside the adapters, saved with them). Paper: projector + language."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters instead of full training of their target groups."""
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> ModelConfig:
+        if self.tiny is not None and self.path is not None:
+            raise ValueError("give either model.path or model.tiny, not both")
+        if self.lora is not None and set(self.lora.targets) & set(self.train):
+            both = ", ".join(sorted(set(self.lora.targets) & set(self.train)))
+            raise ValueError(f"model.lora.targets and model.train both name {both}; a group is trained in full or by adapter")
+        if self.lora is None and not self.train:
+            raise ValueError("nothing would be trained: model.train is empty and model.lora is null")
+        return self
+
+
+class PreprocessingConfig(_Section):
+    """How pictures and chat become tokens. Travels in every checkpoint; evaluation reads it from there."""
+
+    image_size: int = Field(default=448, gt=0, multiple_of=28)
+    """InternVL: edge of a tile, pixels."""
+    max_tiles: int = Field(default=6, ge=1)
+    """InternVL: tiles shared by all images of a sample; each gets max(1, max_tiles // num_images), thumbnail extra."""
+    thumbnail: bool = True
+    """InternVL: add the whole picture as one more tile when it was cut."""
+    min_pixels: int = Field(default=256 * 28 * 28, gt=0)
+    """Qwen2-VL: smallest area a picture is scaled to, pixels."""
+    max_pixels: int = Field(default=1280 * 28 * 28, gt=0)
+    """Qwen2-VL: largest area a picture is scaled to, pixels."""
+    system_prompt: str | None = None
+    """System message when a row has none; null takes the family's published default, '' leaves it out."""
+    number_images: bool = True
+    """InternVL: write 'Image-1: ' before each picture of a sample with several."""
+
+    @model_validator(mode="after")
+    def _pixel_range(self) -> PreprocessingConfig:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        return self
+
+
+class SourceConfig(_Section):
+    """One part of the training mixture."""
+
+    split: str = "train"
+    """Split to take: train, train_twins, train_general (dataset folders); ignored by formats without splits."""
+    path: Path | None = None
+    """Dataset folder or file; null takes data.dir."""
+    format: Literal["rows", "mis_train", "sharegpt"] = "rows"
+    """rows: a dataset folder; mis_train: the published MIS_Train layout; sharegpt: LLaVA/ShareGPT JSON."""
+    max_samples: int | None = Field(default=None, gt=0)
+    """Take this many rows, drawn by train.seed; null takes all."""
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of each sample's loss."""
+
+
+class DataConfig(_Section):
+    """What is trained on and how it is packed."""
+
+    dir: Path = Path("data/mis")
+    """Dataset folder that sources and evaluations use unless they name their own; `make datagen` writes one."""
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    """Parts of the mixture, joined."""
+    pack_tokens: int = Field(default=8192, gt=0)
+    """Most tokens in one packed row; a longer sample is an error that names it."""
+    on_too_long: Literal["error", "drop"] = "error"
+    """A sample longer than pack_tokens: stop, or leave it out and list it in ledger.jsonl."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be read: stop, or leave it out and list it in ledger.jsonl."""
+    max_left_out: int = Field(default=0, ge=0)
+    """Most samples that may be left out before the run stops."""
+    num_workers: int = Field(default=4, ge=0)
+    """Processes per rank that decode pictures; 0 decodes in the training process."""
+    picture_cache_bytes: int = Field(default=256 * 1024**2, ge=0)
+    """Memory per process for preprocessed pictures, so that one used again is not decoded again."""
+
+    @field_validator("sources")
+    @classmethod
+    def _some_source(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        if not value:
+            raise ValueError("data.sources is empty; name at least one split")
+        return value
+
+
+class TrainConfig(_Section):
+    """Optimisation."""
+
+    lr: float = Field(default=5e-6, gt=0)
+    """Peak learning rate."""
+    epochs: float = Field(default=2, gt=0)
+    """Passes over the mixture."""
+    max_steps: int | None = Field(default=None, gt=0)
+    """Stop after this many optimiser steps; null runs all epochs."""
+    batch_samples: int = Field(default=128, gt=0)
+    """Samples in one optimiser step, over all ranks; the same whatever the number of GPUs."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """AdamW decay of matrices; norms, biases and embeddings of one dimension have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moment decay rates."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    loss_reduction: Literal["token", "sample", "square"] = "token"
+    """Weight of a token: 1, 1/n or 1/sqrt(n) with n the sample's supervised tokens (square is InternVL's)."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations; optimiser state is fp32 either way."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """DeepSpeed ZeRO stage: what is sharded over ranks (3: weights, gradients and optimiser state)."""
+    offload_optimizer: bool = False
+    """Keep optimiser state in CPU memory."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass to save memory."""
+    loss_chunk_tokens: int = Field(default=2048, gt=0)
+    """Supervised positions whose logits exist at one time."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the data order, of adapters' initial weights and of a tiny model."""
+    log_every: int = Field(default=1, gt=0)
+    """Optimiser steps between two lines of metrics."""
+
+
+class CheckpointConfig(_Section):
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int | None = Field(default=None, gt=0)
+    """Steps between checkpoints; null writes one an epoch. The last step is always written."""
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints kept whole; older ones lose their resume state, then their weights unless best or leased."""
+
+
+class EvalConfig(_Section):
+    """What is measured at step 0 and after each checkpoint."""
+
+    tasks: tuple[str, ...] = ("mis_easy", "mis_hard", "mis_real", "twins", "general")
+    """Tasks to run; `mirage tasks` lists them."""
+    data_dir: Path | None = None
+    """Dataset folder or published MIS_Test folder; null takes data.dir."""
+    mode: Literal["inline", "off"] = "inline"
+    """inline: all ranks pause and share the samples; off: evaluate later with `mirage evaluate`."""
+    at_start: bool = True
+    """Evaluate the untouched model as step 0: every claim is a difference."""
+    max_samples: int | None = Field(default=None, gt=0)
+    """Most samples a task, the same ones at each checkpoint; null takes all."""
+    batch_size: int = Field(default=8, gt=0)
+    """Prompts generated together on one rank."""
+    max_new_tokens: int = Field(default=1024, gt=0)
+    """Longest answer (paper: 1,024)."""
+    max_tiles: int | None = Field(default=None, ge=1)
+    """InternVL tile budget in evaluation; null takes training's. Another value is recorded with the result."""
+    judge: Literal["rule"] = "rule"
+    """Who scores safety answers: rule reads structure (named objects, refusal, compliance) and says so."""
+    max_unscored: float = Field(default=0.02, ge=0, lt=1)
+    """Largest share of unscored samples before a task's numbers are marked invalid."""
+
+
+class TrackingConfig(_Section):
+    """Where numbers go."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online when a key is set (WANDB_API_KEY or wandb login), offline otherwise."""
+    project: str = "mirage"
+    """wandb project."""
+    entity: str | None = None
+    """wandb user or team."""
+    tags: tuple[str, ...] = ()
+    """wandb tags."""
+    table_rows: int = Field(default=24, ge=0)
+    """Samples a task shown in the wandb table with their pictures."""
+    console: Literal["rich", "plain", "quiet"] = "rich"
+    """Progress in the terminal; rich falls back to plain when the output is no terminal."""
+
+
+class Recipe(_Section):
+    """A run, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; the recipe file's name unless set."""
+    run_dir: Path
+    """Folder of the run: checkpoints, ledger, metrics, evaluations. The same command on it continues the run."""
+    model: ModelConfig
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()

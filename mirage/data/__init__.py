@@ -1,0 +1,1 @@
+"""From dataset folders to packed batches: row -> rendered sample -> length index -> pack plan -> batch."""

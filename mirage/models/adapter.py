@@ -1,0 +1,217 @@
+"""What differs between model families, and nothing else: pictures, chat text, positions, module names.
+
+Shapes: L tokens of a sample, R rows of position ids (1 for plain models, 4 for M-RoPE), H hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+from mirage.data.row import ImagePart, Message
+from mirage.errors import UserError
+
+IGNORE_INDEX = -100
+SPEC_FILE = "mirage_preprocessing.json"
+
+
+class PreprocessingSpec(BaseModel):
+    """How pictures and chat become tokens: frozen, written into each checkpoint, compared before evaluation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: Literal["internvl", "qwen2_vl"]
+    image_size: int
+    max_tiles: int
+    thumbnail: bool
+    min_pixels: int
+    max_pixels: int
+    system_prompt: str | None
+    number_images: bool
+
+    def save(self, folder: Path) -> None:
+        """Write `mirage_preprocessing.json` into a checkpoint folder."""
+        (folder / SPEC_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> PreprocessingSpec | None:
+        """The folder's spec, or None when it has none (weights that MIRage did not write)."""
+        path = folder / SPEC_FILE
+        return cls.model_validate_json(path.read_text()) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One preprocessed image: its tensors (family-specific keys, first axis is concatenated) and its token count."""
+
+    tensors: Mapping[str, torch.Tensor]
+    num_tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors, bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class RenderedText:
+    """Token ids of a conversation and which of them are learnt."""
+
+    input_ids: list[int]
+    labels: list[int]
+    text: str
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One piece of a rendered chat: text, and whether the model learns to write it."""
+
+    text: str
+    supervised: bool
+
+
+class ModelAdapter(ABC):
+    """One family's rules. Built by `load_model` around a tokenizer, a config and a `PreprocessingSpec`."""
+
+    family: ClassVar[str]
+    # Module-name prefixes (of the transformers class) that make up each group.
+    groups: ClassVar[Mapping[str, tuple[str, ...]]]
+    # Last part of the names of the linear layers that adapters may target, by group.
+    linear_names: ClassVar[Mapping[str, tuple[str, ...]]]
+    decoder_layer_class: ClassVar[str]
+    # Keys of `Picture.tensors` that hold floating-point pixels.
+    pixel_key: ClassVar[str] = "pixel_values"
+
+    def __init__(self, tokenizer: Any, config: Any, spec: PreprocessingSpec) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.spec = spec
+
+    # Pictures
+
+    @abstractmethod
+    def num_image_tokens(self, width: int, height: int, *, num_images: int) -> int:
+        """Placeholder tokens of one `width` x `height` pixel image in a sample of `num_images`; no pixels needed."""
+
+    @abstractmethod
+    def preprocess(self, image: Image.Image, *, num_images: int) -> Picture:
+        """Tensors of one RGB image in a sample of `num_images`."""
+
+    # Text
+
+    @abstractmethod
+    def chat_segments(self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool) -> list[Segment]:
+        """The conversation as text pieces with placeholders expanded; `generation` opens the assistant's turn."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens read as such, none added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """Ids before every conversation (BOS where the family has one)."""
+        return []
+
+    def render(self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool = False) -> RenderedText:
+        """Ids and labels of a conversation. The one function that training and evaluation both call.
+
+        `image_tokens[i]` is the token count of the row's image i. With `generation`, the messages end with a user
+        turn and the text ends where the answer begins. The first label is never supervised, so that a packed row
+        cannot train one sample's last token to predict the next sample's first.
+        """
+        segments = self.chat_segments(messages, image_tokens, generation=generation)
+        input_ids, labels = list(self.prefix_ids), [IGNORE_INDEX] * len(self.prefix_ids)
+        for segment in merge_segments(segments):
+            ids = self.encode(segment.text)
+            input_ids += ids
+            labels += ids if segment.supervised else [IGNORE_INDEX] * len(ids)
+        labels[0] = IGNORE_INDEX
+        return RenderedText(input_ids, labels, "".join(segment.text for segment in segments))
+
+    # Positions and batches
+
+    @abstractmethod
+    def position_ids(self, input_ids: torch.Tensor, pictures: Sequence[Picture]) -> torch.Tensor:
+        """Position ids [R, L] of one sample with ids [L]; row 0 restarts at 0 and marks the sample in a packed row."""
+
+    def picture_inputs(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """Model inputs for the pictures of a batch, in order; empty without pictures."""
+        if not pictures:
+            return {}
+        return {key: torch.cat([picture.tensors[key] for picture in pictures]) for key in pictures[0].tensors}
+
+    def token_inputs(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Further inputs derived from ids alone (e.g. modality marks)."""
+        return {}
+
+    @abstractmethod
+    def dummy_picture(self) -> tuple[Picture, list[int]]:
+        """The smallest picture and ids that hold its placeholders: keeps the vision tower in step on every rank."""
+
+    # Modules
+
+    def group_of(self, parameter_name: str) -> str:
+        """The module group ('vision', 'projector', 'language') a parameter of the transformers class belongs to."""
+        for group, prefixes in self.groups.items():
+            if any(parameter_name.startswith(prefix) for prefix in prefixes):
+                return group
+        raise ValueError(f"parameter {parameter_name!r} belongs to no module group of {self.family}")
+
+    def lora_target_names(self, module_names: Iterable[str], groups: Sequence[str]) -> list[str]:
+        """Full names of the linear layers in `groups`; exact names, so that no tower is adapted by accident."""
+        return sorted(
+            name
+            for name in module_names
+            for group in groups
+            if any(name.startswith(prefix) for prefix in self.groups[group])
+            and name.rsplit(".", 1)[-1] in self.linear_names[group]
+        )
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer."""
+        return [self.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills batches of prompts."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
+
+    def save_files(self, folder: Path) -> None:
+        """Write tokenizer, image processor, chat template and preprocessing spec beside the weights."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor_config(folder)
+        self.spec.save(folder)
+
+    @abstractmethod
+    def image_processor_config(self, folder: Path) -> None:
+        """Write the `preprocessor_config.json` that plain transformers and vLLM read."""
+
+
+def merge_segments(segments: Sequence[Segment]) -> list[Segment]:
+    """Join neighbours of equal supervision, so that tokens never break where training does not ask for it."""
+    merged: list[Segment] = []
+    for segment in segments:
+        if merged and merged[-1].supervised == segment.supervised:
+            merged[-1] = Segment(merged[-1].text + segment.text, segment.supervised)
+        else:
+            merged.append(segment)
+    return [segment for segment in merged if segment.text]
+
+
+def check_image_marks(messages: Sequence[Message], image_tokens: Sequence[int]) -> None:
+    """Raise `UserError` unless the messages mark each image exactly once."""
+    marks = [part.index for message in messages for part in message.content if isinstance(part, ImagePart)]
+    if sorted(marks) != list(range(len(image_tokens))):
+        raise UserError(f"the messages mark images {marks} and the sample has {len(image_tokens)}")

@@ -1,0 +1,1 @@
+"""The training engine: loop, loss, optimiser, process group, checkpoints."""
