@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mirage.tracking.console import make_console
 from mirage.tracking.run import Tracker
 from mirage.training.callbacks import Callback
 
@@ -12,22 +13,37 @@ if TYPE_CHECKING:
 
 
 class TrackingCallback(Callback):
-    """Train metrics on the `train` axis. Put it last, so that others still can log when a run ends."""
+    """Train metrics on the `train` axis. Opens the run's tracker and leaves it in `trainer.tracker` for the others."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+    def __init__(self, tracker: Tracker | None = None) -> None:
+        self._tracker = tracker
         self._last: dict[str, float] = {}
 
     def on_start(self, trainer: Trainer) -> None:
-        self.tracker.rewind(trainer.step)
+        if self._tracker is None:
+            self._tracker = Tracker.open(
+                trainer.run_dir,
+                trainer.recipe.tracking,
+                name=trainer.recipe.name,
+                recipe=trainer.recipe.model_dump(mode="json"),
+                is_main=trainer.is_main,
+            )
+            if trainer.is_main:
+                make_console(trainer.recipe.tracking.console).print(self._tracker.where, markup=False, soft_wrap=True)
+        trainer.tracker = self._tracker
+        self._tracker.rewind(trainer.step)
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        if metrics:
-            self.tracker.log(metrics, axis="train", step=trainer.step)
+        if self._tracker and metrics:
+            self._tracker.log(metrics, axis="train", step=trainer.step)
             self._last = dict(metrics)
 
     def on_end(self, trainer: Trainer) -> None:
-        self.tracker.summary({f"last/{name}": value for name, value in self._last.items()} | {"steps": trainer.step})
+        if self._tracker:
+            last = {f"last/{name}": value for name, value in self._last.items()}
+            self._tracker.summary(last | {"steps": trainer.step})
 
     def on_close(self, trainer: Trainer, error: BaseException | None) -> None:
-        self.tracker.close(exit_code=0 if error is None else 1)
+        # None when the run ended before its start: a mistake in the data, a folder in use.
+        if self._tracker:
+            self._tracker.close(exit_code=0 if error is None else 1)

@@ -36,19 +36,19 @@ class ConsoleCallback(Callback):
     """Loss, learning rate, tokens a second and time left, from the main rank.
 
     `rich` draws one live line in a terminal and falls back to `plain` elsewhere; `plain` prints about `num_lines` lines
-    over a run; `quiet` prints nothing.
+    over a run; `quiet` prints nothing. The mode is the recipe's `tracking.console` unless given.
     """
 
     def __init__(
         self,
-        mode: ConsoleMode = "rich",
+        mode: ConsoleMode | None = None,
         *,
         console: Console | None = None,
         num_lines: int = 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.console = console or make_console(mode)
-        self._live = mode == "rich" and self.console.is_terminal
+        self._mode = mode
+        self._console = console
         self._num_lines = num_lines
         self._clock = clock
         self._progress: Progress | None = None
@@ -61,11 +61,13 @@ class ConsoleCallback(Callback):
     def on_start(self, trainer: Trainer) -> None:
         if not trainer.is_main:
             return
+        mode = self._mode or trainer.recipe.tracking.console
+        self._console = self._console or make_console(mode)
         self._first_step, self._started_at = trainer.step, self._clock()
         origin = f"continues after step {trainer.step}" if trainer.step else "starts"
         self._print(f"{trainer.recipe.name} {origin}: {trainer.total_steps} steps, folder {trainer.run_dir}")
-        if self._live:
-            self._progress = _progress(self.console)
+        if mode == "rich" and self._console.is_terminal:
+            self._progress = _progress(self._console)
             self._progress.add_task("train", total=trainer.total_steps, completed=trainer.step, line="")
             self._progress.start()
 
@@ -96,7 +98,8 @@ class ConsoleCallback(Callback):
         self._print(f"{trainer.recipe.name} done: step {trainer.step} after {seconds}{last}")
 
     def on_close(self, trainer: Trainer, error: BaseException | None) -> None:
-        if not trainer.is_main:
+        # Without a console the run ended before its start, and the error itself is all there is to say.
+        if not trainer.is_main or self._console is None:
             return
         self._stop()
         if error is not None:
@@ -115,7 +118,8 @@ class ConsoleCallback(Callback):
             self._step_seconds = old + _SMOOTHING * (step_seconds - old)
 
     def _print(self, message: str) -> None:
-        self.console.print(message, markup=False, soft_wrap=True)
+        if self._console:
+            self._console.print(message, markup=False, soft_wrap=True)
 
     def _stop(self) -> None:
         if self._progress:

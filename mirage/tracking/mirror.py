@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage.errors import UserError
+from mirage.training.checkpoint import write_atomic
 
 MIRROR_NAME = "metrics.jsonl"
 REWOUND_NAME = "metrics.rewound.jsonl"
@@ -78,7 +79,7 @@ class MetricsFile:
             os.fsync(rewound.fileno())
         kept = [record for record in records if not is_old(record)]
         self._file.close()
-        write_atomic(self.path, b"".join(_line(record) for record in kept))
+        write_atomic(self.path, b"".join(_line(record) for record in kept).decode())
         self._file = self.path.open("ab")
         self._known = {_identity(record) for record in kept}
 
@@ -103,17 +104,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` in one step: after a kill it holds the old bytes or the new ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def plain(value: Any) -> int | float | str | None:
     """A JSON value from a number (also of numpy or a 0-d tensor), "nan", "inf", "-inf" as text; text stays text."""
     if value is None or isinstance(value, str | int):
@@ -130,9 +120,9 @@ def _cut_torn_tail(path: Path) -> None:
     if not tail:
         return
     if _parse(tail) is not None:
-        write_atomic(path, content + b"\n")
+        write_atomic(path, content.decode() + "\n")
     else:
-        write_atomic(path, content[: len(content) - len(tail)])
+        write_atomic(path, content[: len(content) - len(tail)].decode())
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

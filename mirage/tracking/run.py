@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mirage.config.schema import TrackingConfig
-from mirage.tracking.mirror import MetricsFile, plain, write_atomic
+from mirage.tracking.mirror import MetricsFile, plain
 from mirage.tracking.wandb_run import WandbRun
+from mirage.training.checkpoint import write_atomic
 
 SAMPLE_KEYS = ("id", "task", "image_paths", "question", "answer", "verdict", "reason", "category", "changed")
 """Keys of a row given to `log_samples`."""
@@ -86,7 +87,8 @@ class Tracker:
             json.dumps({key: row[key] for key in SAMPLE_KEYS if key != "image_paths"}, ensure_ascii=False)
             for row in shown
         ]
-        write_atomic(self._run_dir / path, "".join(line + "\n" for line in lines).encode())
+        (self._run_dir / path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._run_dir / path, "".join(line + "\n" for line in lines))
         order = self._mirror.num_records
         self._mirror.append("samples", step, {f"samples/{name}": path.as_posix()})
         if self._wandb and shown:
@@ -98,7 +100,7 @@ class Tracker:
             return
         self._summary |= {key: plain(value) for key, value in values.items()}
         text = json.dumps(self._summary, indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomic(self._run_dir / SUMMARY_NAME, text.encode() + b"\n")
+        write_atomic(self._run_dir / SUMMARY_NAME, text + "\n")
         if self._wandb:
             self._wandb.summary(values)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mirage.config.schema import TrackingConfig
+from mirage.config.schema import ModelConfig, Recipe, TrackingConfig
 from mirage.errors import UserError
 from mirage.tracking import wandb_run
 from mirage.tracking.callback import TrackingCallback
@@ -389,3 +389,15 @@ def test_callback_rewinds_to_the_resumed_step(tmp_path: Path) -> None:
     callback.on_start(trainer)
     callback.on_close(trainer, RuntimeError("x"))
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_callback_opens_the_tracker_for_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Recipe(name="x", run_dir=tmp_path, model=ModelConfig(family="internvl"), tracking=OFF)
+    trainer: Any = SimpleNamespace(step=0, run_dir=tmp_path, recipe=recipe, is_main=True, tracker=None)
+    callback = TrackingCallback()
+    callback.on_close(trainer, RuntimeError("before the start"))
+    callback.on_start(trainer)
+    trainer.tracker.log({"asr": 1.0}, axis="eval", step=0)
+    callback.on_close(trainer, None)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["eval/asr"] == 1.0
+    assert capsys.readouterr().out == f"metrics: {tmp_path / 'metrics.jsonl'}\n"

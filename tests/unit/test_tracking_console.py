@@ -112,3 +112,19 @@ def test_describe_leaves_out_what_is_missing() -> None:
 @pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (59.4, "59s"), (185, "3m05s"), (7620, "2h07m")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_error_before_the_start_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer: Any = SimpleNamespace(is_main=True)
+    ConsoleCallback().on_close(trainer, RuntimeError("no data"))
+    assert capsys.readouterr().out == ""
+
+
+def test_mode_comes_from_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = SimpleNamespace(name="x", tracking=SimpleNamespace(console="quiet"))
+    trainer: Any = SimpleNamespace(step=0, total_steps=1, is_main=True, run_dir=Path("r"), recipe=recipe)
+    ConsoleCallback().on_start(trainer)
+    assert capsys.readouterr().out == ""
+    recipe.tracking.console = "plain"
+    ConsoleCallback().on_start(trainer)
+    assert capsys.readouterr().out == "x starts: 1 steps, folder r\n"
