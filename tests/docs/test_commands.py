@@ -20,7 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from mirage.cli import VERBS
 from mirage.config.loader import load_recipe
+from mirage.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,9 +100,14 @@ def make_complaints(arguments: list[str]) -> list[str]:
 
 
 def verb_complaints(arguments: list[str]) -> list[str]:
-    from mirage.cli import VERBS
-
-    return [] if not arguments or arguments[0] in {*VERBS, "--help"} else [f"mirage has no verb {arguments[0]}"]
+    if not arguments or arguments[0] == "--help":
+        return []
+    verb, settings = arguments[0], [word for word in arguments[1:] if not word.startswith("--")]
+    if verb not in VERBS:
+        return [f"mirage has no verb {verb}"]
+    if verb in ("train", "plan"):
+        load_recipe([word for word in settings if not word.startswith(("gpus=", "gpu_memory="))])
+    return []
 
 
 def script_complaints(arguments: list[str]) -> list[str]:
@@ -190,6 +197,8 @@ def dry_command(words: list[str]) -> str:
     if "mirage/train.py" in words:
         arguments = [word for word in words[words.index("mirage/train.py") :] if word != "--dry-run"]
         return shlex.join(["python", *arguments, "--dry-run"])
+    if words[:2] == ["mirage", "plan"]:
+        return shlex.join(words)
     return shlex.join([*words, "--help"])
 
 
@@ -235,6 +244,14 @@ def test_blocks_are_found() -> None:
 
 
 @pytest.mark.parametrize(
+    "command", ["mirage plan recipe=nothing", "make train RECIPE=nothing", "python mirage/train.py recipe=x"]
+)
+def test_unknown_recipes_are_refused(command: str) -> None:
+    with pytest.raises(UserError, match="no recipe has this name"):
+        complaints(shlex.split(command))
+
+
+@pytest.mark.parametrize(
     "command, complaint",
     [
         ("make dmeo", "no target dmeo"),
@@ -244,6 +261,7 @@ def test_blocks_are_found() -> None:
             "accelerate launch --config_file recipes/accelerate/none.yaml mirage/train.py recipe=tiny_internvl_mis",
             "no file",
         ),
+        ("mirage reprot runs/x", "no verb reprot"),
         ("trian", "no program"),
     ],
 )
