@@ -1,0 +1,80 @@
+"""Stage 6, card: the dataset card, drawn from the same numbers as the manifest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib import resources
+from statistics import mean
+from typing import Any
+
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+
+from data_gen.settings import Settings
+from data_gen.stages.draft import TRAIN_SPLITS
+from data_gen.taxonomy.facts import Taxonomy
+from mirage.data.row import Row
+
+VERSION = "1"
+TEMPLATE = "card.md.jinja"
+LIMITATIONS = (
+    "Drawn pictures are pictograms. A result on them says nothing about photographs or about harm in the real world.",
+    "Questions and answers come from a small grammar; they are far more uniform than people's words.",
+    "Test pairs are new pairs of known objects: no object and no pair of object kinds is new.",
+    "Test drawings differ from training drawings by place, size, turn, colour and background, not by the art.",
+    "The real split holds few photographs in many crops; its rows are not independent of each other.",
+    "A pair of kinds is called benign if the taxonomy lists no risk for it, which is a convention, not a safety claim.",
+    "Benign twins cover drawn pairs; the real split has none.",
+)
+WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+
+
+def text_figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Size of the training language: distinct words (any case), and words of an answer about a pair on average."""
+    texts = [message.text for row in rows if row.split in TRAIN_SPLITS for message in row.messages]
+    answers = [row.answer or "" for row in rows if row.split in ("train", "train_twins")]
+    questions = {row.question for row in rows if row.split == "train"}
+    return {
+        "distinct_train_words": len({word.lower() for text in texts for word in WORD.findall(text)}),
+        "mean_pair_answer_words": round(mean(len(answer.split()) for answer in answers), 1),
+        "distinct_train_questions": len(questions),
+    }
+
+
+def taxonomy_figures(taxonomy: Taxonomy) -> dict[str, int]:
+    """How many classes, objects, relations and photographs the facts have."""
+    num_classes = len(taxonomy.classes)
+    return {
+        "classes": num_classes,
+        "objects": sum(len(group.objects) for group in taxonomy.classes),
+        "class_pairs": num_classes * (num_classes - 1) // 2,
+        "risky_class_pairs": len(taxonomy.relations),
+        "photographs": len(taxonomy.photos),
+    }
+
+
+def render_card(
+    taxonomy: Taxonomy,
+    *,
+    settings: Settings,
+    counts: dict[str, Any],
+    text: dict[str, Any],
+    shortcuts: dict[str, dict[str, float]],
+    generators: dict[str, str],
+) -> str:
+    """The card as Markdown. A pure function of its arguments: nothing of the machine or the day is in it."""
+    environment = SandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    source = (resources.files("data_gen.prompts") / TEMPLATE).read_text("utf-8")
+    return environment.from_string(source).render(
+        settings=settings,
+        counts=counts,
+        text=text,
+        shortcuts=shortcuts,
+        generators=generators,
+        facts=taxonomy_figures(taxonomy),
+        limitations=LIMITATIONS,
+        photos=taxonomy.photos,
+    )

