@@ -1,0 +1,200 @@
+"""Greedy, batched answers of a model: the same prompt bytes as training, the same answers whatever the world size."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import GenerationConfig
+
+from mirage.data.pictures import open_picture
+from mirage.data.row import ImagePart, canonical_json
+from mirage.errors import UserError
+from mirage.evals.answers import Answer, AnswerStore
+from mirage.evals.task import Sample
+from mirage.models.adapter import ModelAdapter, Picture
+
+# EXIF orientations whose upright picture has width and height exchanged.
+_QUARTER_TURNS = (5, 6, 7, 8)
+
+
+class Decoding(BaseModel):
+    """Everything besides weights, prompt and pictures that an answer depends on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    do_sample: Literal[False] = False
+    max_new_tokens: int = Field(gt=0)
+    # Part of the identity: padding changes the last bits of floating-point sums.
+    batch_size: int = Field(gt=0)
+    dtype: str
+    attention: Literal["sdpa", "eager"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample ready for the model; `input_ids` are on the CPU, pictures are read when its batch comes."""
+
+    sample: Sample
+    input_ids: list[int]
+    text: str
+    key: str
+
+
+def make_prompts(
+    adapter: ModelAdapter, samples: Sequence[Sample], *, fingerprint: str, decoding: Decoding
+) -> list[Prompt]:
+    """Render the samples as training does. Pictures' sizes are read, their pixels are not.
+
+    `fingerprint` names the weights. An answer's key is the sha256 of weights, prompt text, pictures, decoding and
+    preprocessing: nothing else can change it.
+    """
+    identity = [fingerprint, decoding.model_dump(mode="json"), adapter.spec.model_dump(mode="json")]
+    return [_make_prompt(adapter, sample, identity) for sample in samples]
+
+
+def _make_prompt(adapter: ModelAdapter, sample: Sample, identity: list[Any]) -> Prompt:
+    sizes = [_picture_size(path, sample=sample) for path in sample.image_paths]
+    image_tokens = [adapter.num_image_tokens(width, height, num_images=len(sizes)) for width, height in sizes]
+    rendered = adapter.render(sample.messages, image_tokens, generation=True)
+    known = sample.image_sha256 or (None,) * len(sizes)
+    hashes = [digest or file_sha256(path) for digest, path in zip(known, sample.image_paths, strict=True)]
+    key = hashlib.sha256(canonical_json([*identity, rendered.text, hashes]).encode()).hexdigest()
+    return Prompt(sample, rendered.input_ids, rendered.text, key)
+
+
+def plan_batches(prompts: Sequence[Prompt], *, batch_size: int) -> list[list[Prompt]]:
+    """Cut the prompts into batches by (has pictures, length, id): a function of the samples alone, not of the ranks."""
+    ordered = sorted(
+        prompts, key=lambda prompt: (bool(prompt.sample.image_paths), len(prompt.input_ids), prompt.sample.id)
+    )
+    batches: list[list[Prompt]] = []
+    for with_pictures in (False, True):
+        group = [prompt for prompt in ordered if bool(prompt.sample.image_paths) is with_pictures]
+        batches += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+    return batches
+
+
+def generate_answers(
+    model: Any,
+    adapter: ModelAdapter,
+    prompts: Sequence[Prompt],
+    *,
+    decoding: Decoding,
+    store: AnswerStore,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Answer this rank's batches into `store`; a batch whose answers are all there is not generated again.
+
+    Batch b belongs to rank b % world_size. A partly answered batch is generated whole: resuming changes nothing.
+    `on_batch(done, total)` counts this rank's batches.
+    """
+    have = store.read()
+    mine = plan_batches(prompts, batch_size=decoding.batch_size)[rank::world_size]
+    model.generation_config = _greedy(adapter, decoding)
+    for done, batch in enumerate(mine, start=1):
+        missing = [prompt.key for prompt in batch if prompt.key not in have]
+        if missing:
+            answers = generate_batch(model, adapter, batch, device=device)
+            fresh = {answer.key: answer for answer in answers if answer.key in missing}
+            store.append(fresh.values())
+            have |= fresh
+        on_batch(done, len(mine))
+
+
+def _greedy(adapter: ModelAdapter, decoding: Decoding) -> GenerationConfig:
+    # Replaces the checkpoint's own generation_config.json, whose penalties or temperatures would be merged in.
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=adapter.stop_ids,
+        pad_token_id=adapter.pad_id,
+        use_cache=True,
+    )
+
+
+@torch.inference_mode()
+def generate_batch(model: Any, adapter: ModelAdapter, batch: Sequence[Prompt], *, device: torch.device) -> list[Answer]:
+    """Greedy answers of one batch, in its order, by the model's own `generation_config`.
+
+    Prompts are padded on the left with an attention mask [B, L]; the model must run SDPA or eager attention, because
+    packed-row attention takes no mask.
+    """
+    inputs = _batch_inputs(model, adapter, batch, device=device)
+    length = inputs["input_ids"].shape[1]
+    output = model.generate(**inputs)[:, length:].tolist()
+    return [_answer(adapter, prompt, ids) for prompt, ids in zip(batch, output, strict=True)]
+
+
+def _batch_inputs(
+    model: Any, adapter: ModelAdapter, batch: Sequence[Prompt], *, device: torch.device
+) -> dict[str, torch.Tensor]:
+    length = max(len(prompt.input_ids) for prompt in batch)
+    input_ids = torch.full((len(batch), length), adapter.pad_id, dtype=torch.long)
+    mask = torch.zeros(len(batch), length, dtype=torch.long)
+    for row, prompt in enumerate(batch):
+        input_ids[row, length - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        mask[row, length - len(prompt.input_ids) :] = 1
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    pictures = [picture for prompt in batch for picture in _pictures(adapter, prompt.sample)]
+    if pictures:
+        inputs |= adapter.token_inputs(input_ids) | adapter.picture_inputs(pictures)
+    return {name: _place(tensor, model, device) for name, tensor in inputs.items()}
+
+
+def _place(tensor: torch.Tensor, model: Any, device: torch.device) -> torch.Tensor:
+    return tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)
+
+
+def _pictures(adapter: ModelAdapter, sample: Sample) -> list[Picture]:
+    """The sample's pictures in the order of their marks, which is the order of their placeholders."""
+    marks = [part.index for message in sample.messages for part in message.content if isinstance(part, ImagePart)]
+    return [adapter.preprocess(_open_rgb(sample, index), num_images=len(sample.image_paths)) for index in marks]
+
+
+def _open_rgb(sample: Sample, index: int) -> Image.Image:
+    path = sample.image_paths[index]
+    expected = sample.image_sha256[index] if sample.image_sha256 else None
+    if expected is not None and file_sha256(path) != expected:
+        raise UserError(f"{path}: sample {sample.id}: the file is not the one its row names (sha256 differs)")
+    return open_picture(path)
+
+
+def _picture_size(path: Path, *, sample: Sample) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _QUARTER_TURNS
+            return (image.height, image.width) if turned else image.size
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: sample {sample.id}: cannot be read as an image: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _answer(adapter: ModelAdapter, prompt: Prompt, ids: Sequence[int]) -> Answer:
+    stops = [position for position, token in enumerate(ids) if token in adapter.stop_ids]
+    kept = list(ids[: stops[0]]) if stops else list(ids)
+    text = adapter.tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return Answer(prompt.key, text, len(kept), "stop" if stops else "length")
+
+
+def collect_answers(prompts: Sequence[Prompt], answers: Mapping[str, Answer]) -> list[Answer]:
+    """The prompts' answers in their order. Raises `UserError` if one is missing (a rank died before writing it)."""
+    missing = [prompt.sample.id for prompt in prompts if prompt.key not in answers]
+    if missing:
+        raise UserError(f"{len(missing)} answers are missing (first: sample {missing[0]}); run the evaluation again")
+    return [answers[prompt.key] for prompt in prompts]

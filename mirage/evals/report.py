@@ -1,0 +1,144 @@
+"""Evaluations side by side: the table that `mirage evaluate`, a run and the demo end with, on screen or as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from mirage.errors import UserError
+from mirage.evals.metrics import Paired, Rate, TaskResult
+from mirage.evals.results import RESULTS_FILE, Results, read_results
+from mirage.evals.tasks import TASKS
+
+_ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """A table before it is drawn."""
+
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def run_results(run_dir: Path) -> list[Results]:
+    """All evaluations of a run, by step. Raises `UserError` if there are none."""
+    found = [read_results(path) for path in sorted((run_dir / "evals").glob(f"step-*/{RESULTS_FILE}"))]
+    if not found:
+        raise UserError(
+            f"{run_dir} holds no evaluations (evals/step-*/{RESULTS_FILE}); evaluate one: mirage evaluate {run_dir}"
+        )
+    return sorted(found, key=lambda results: -1 if results.step is None else results.step)
+
+
+def summary_table(run_dir: Path) -> Table:
+    """The run's first and last evaluation side by side, for the terminal."""
+    return results_table(_ends(run_results(run_dir)))
+
+
+def summary_markdown(run_dir: Path) -> str:
+    """The run's first and last evaluation side by side, as markdown."""
+    return results_markdown(_ends(run_results(run_dir)))
+
+
+def _ends(results: Sequence[Results]) -> list[Results]:
+    return [results[0], results[-1]] if len(results) > 1 else list(results)
+
+
+def results_table(results: Sequence[Results]) -> Table:
+    """Evaluations side by side, oldest first; differences are the last one's against its own baseline."""
+    sheet = _sheet(results)
+    table = Table(title="evaluation", caption="\n".join(sheet.notes), caption_justify="left", title_justify="left")
+    for position, name in enumerate(sheet.header):
+        table.add_column(name, justify="left" if position < 2 else "right", no_wrap=True)
+    for row in sheet.rows:
+        table.add_row(*row, end_section=row is sheet.rows[-1])
+    return table
+
+
+def results_markdown(results: Sequence[Results]) -> str:
+    """As `results_table`, in markdown."""
+    sheet = _sheet(results)
+    lines = [sheet.header, ["---"] * 2 + ["---:"] * (len(sheet.header) - 2), *sheet.rows]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return table + "\n\n" + "\n".join(f"- {note}" for note in sheet.notes) + "\n"
+
+
+def category_markdown(results: Results, task: str) -> str:
+    """A task's rates by category and sub-category with n, as markdown."""
+    result = results.tasks[task]
+    metrics = list(result.rates)
+    lines = [["category", "n", *metrics], ["---", "---:", *["---:"] * len(metrics)]]
+    groups = {**result.by_category, **{f"　{name}": group for name, group in result.by_sub_category.items()}}
+    for name, group in sorted(groups.items(), key=lambda item: item[0].strip("　")):
+        lines.append([name, str(group.num_samples), *(_percent(group.rates[metric]) for metric in metrics)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _sheet(results: Sequence[Results]) -> _Sheet:
+    last = results[-1]
+    compared = any(result.comparison for result in last.tasks.values())
+    header = ["task", "metric, %", "n", *(_column(item) for item in results)]
+    header += ["change", "p"] if compared else []
+    rows = []
+    for task, result in last.tasks.items():
+        for name in result.rates:
+            cells = [_cell(item.tasks.get(task), name) for item in results]
+            judged = str(result.num_samples - result.num_unscored)
+            row = [task, f"{name}{_arrow(task, name)}", judged, *cells]
+            rows.append(row + (_change(result.comparison.get(name)) if compared else []))
+    return _Sheet(header, rows, _notes(last))
+
+
+def _column(results: Results) -> str:
+    return results.checkpoint if results.step is None else f"step {results.step}"
+
+
+def _arrow(task: str, metric: str) -> str:
+    known = TASKS[task].metrics if task in TASKS else ()
+    better = next((item.better for item in known if item.name == metric), "neither")
+    return f" {_ARROWS[better]}".rstrip()
+
+
+def _cell(result: TaskResult | None, metric: str) -> str:
+    """'3.4 [2.0, 5.8]'; with unscored samples the bounds follow, and an invalid task says so."""
+    if result is None or metric not in result.rates:
+        return "-"
+    rate = result.rates[metric]
+    if not result.valid:
+        return f"invalid ({_bounds(rate)})"
+    if rate.percent is None:
+        return "-"
+    text = f"{rate.percent:.1f} [{rate.ci_low:.1f}, {rate.ci_high:.1f}]"
+    return f"{text} ({_bounds(rate)})" if result.num_unscored else text
+
+
+def _bounds(rate: Rate) -> str:
+    return "no samples" if rate.bound_low is None else f"{rate.bound_low:.1f} to {rate.bound_high:.1f}"
+
+
+def _percent(rate: Rate) -> str:
+    return "-" if rate.percent is None else f"{rate.percent:.1f}"
+
+
+def _change(paired: Paired | None) -> list[str]:
+    if paired is None or paired.delta_points is None:
+        return ["-", "-"]
+    return [f"{paired.delta_points:+.1f}", "<0.001" if paired.p_value < 0.001 else f"{paired.p_value:.3f}"]
+
+
+def _notes(results: Results) -> list[str]:
+    notes = ["[ ] Wilson 95% interval; p: exact McNemar test on the same samples against step 0, uncorrected."]
+    for task, result in results.tasks.items():
+        if result.invalid_reason:
+            notes.append(f"{task} is invalid: {result.invalid_reason}. ( ) bounds count them all one way or the other.")
+        if result.num_truncated:
+            notes.append(
+                f"{task}: {result.num_truncated} answers were cut at {results.decoding.max_new_tokens} tokens."
+            )
+    notes.append(f"Judge {results.judge.name}-v{results.judge.version}. {results.judge.notice}")
+    return notes

@@ -1,0 +1,36 @@
+"""The tasks by name. Adding one is a `Task` subclass and a line here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from mirage.errors import UserError
+from mirage.evals.task import Task
+from mirage.evals.tasks.general import GeneralTask
+from mirage.evals.tasks.mis import RiskyTask, TwinsTask
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        RiskyTask("mis_easy", "easy", "neutral text, harm visible in an image"),
+        RiskyTask("mis_hard", "hard", "neutral text, both images harmless alone"),
+        RiskyTask("mis_real", "real", "real photographs"),
+        TwinsTask(),
+        GeneralTask(),
+    )
+}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names, in this order. Raises `UserError` for an unknown or repeated name, or for none."""
+    if not names:
+        raise UserError(f"eval.tasks is empty; name at least one of {', '.join(TASKS)}")
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"eval.tasks: there is no task {name!r}; {hint}tasks are {', '.join(TASKS)}")
+    if len(set(names)) != len(names):
+        raise UserError(f"eval.tasks names a task twice: {', '.join(names)}")
+    return [TASKS[name] for name in names]

@@ -1,0 +1,46 @@
+"""General ability: multiple-choice questions, scored by what the reply says and never by a guess."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from mirage.errors import UserError
+from mirage.evals.choice import extract_choice
+from mirage.evals.judge import Judge, Scored, Verdict
+from mirage.evals.task import Metric, Sample, Task
+from mirage.evals.tasks.rows import ROWS_FILE, load_split
+
+
+class GeneralTask(Task):
+    """Split `general` of a dataset folder. A reply without one clear option is wrong, and counted on its own too."""
+
+    name = "general"
+    description = "held-out multiple-choice questions about pictures"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("accuracy", "higher", "the reply gives the right option"),
+        Metric("no_option", "lower", "extraction failure: the reply gives no option, or several; counted as wrong"),
+    )
+
+    def load(self, data_dir: Path) -> list[Sample]:
+        if not (data_dir / ROWS_FILE).is_file():
+            raise UserError(
+                f"task 'general': {data_dir} has no {ROWS_FILE}; take 'general' out of eval.tasks or run `make datagen`"
+            )
+        samples = load_split(data_dir, "general", task=self.name)
+        for sample in samples:
+            if sample.choice is None:
+                raise UserError(
+                    f"{data_dir / ROWS_FILE}: row {sample.id}: rows of split 'general' need `choice` (options, answer)"
+                )
+        return samples
+
+    def score(self, sample: Sample, answer: str, judge: Judge) -> Verdict:
+        assert sample.choice is not None
+        extraction = extract_choice(answer, sample.choice.options)
+        if extraction.index is None:
+            return Scored("no_option", ("no_option",), extraction.reason)
+        chosen = sample.choice.options[extraction.index]
+        if extraction.index == sample.choice.answer:
+            return Scored("right", ("accuracy",), extraction.reason, {"option": chosen})
+        return Scored("wrong", (), extraction.reason, {"option": chosen})
