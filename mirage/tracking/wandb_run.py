@@ -18,6 +18,8 @@ from mirage.tracking.redact import redact
 ID_NAME = "wandb_id"
 PICTURE_PIXELS = 384
 """Longest edge of a picture in a table; the originals stay in the dataset folder."""
+FLUSH_SECONDS = 1.0
+"""How often wandb's file is flushed, and so the most that a kill takes from it (the mirror loses nothing)."""
 GIVE_UP_FAILURES = 20
 """Failures in a row after which wandb is left alone for the rest of the run."""
 
@@ -130,13 +132,13 @@ class WandbRun:
 
     def log(self, metrics: Mapping[str, float], *, axis: str, step: int, order: int) -> None:
         """Send numbers on their own axis. `order` is wandb's internal step and must grow over the life of the run."""
-        self._call("log", lambda: self._run.log({**metrics, f"{axis}/step": step}, step=order))
+        self._call("log", lambda: self._run.log({**metrics, f"{axis}/step": step}, step=order, commit=True))
 
     def log_samples(self, name: str, rows: Sequence[Mapping[str, Any]], *, step: int, order: int) -> None:
         """Send a table: one line a sample, its pictures side by side before the text."""
 
         def send() -> None:
-            self._run.log({f"samples/{name}": _table(rows), "eval/step": step}, step=order)
+            self._run.log({f"samples/{name}": _table(rows), "eval/step": step}, step=order, commit=True)
 
         self._call(f"table {name}", send)
 
@@ -195,6 +197,7 @@ def _init(
                 x_save_requirements=False,
                 silent=not online,
                 show_info=False,
+                x_transaction_log_flush_interval=FLUSH_SECONDS,
                 init_timeout=60,
                 finish_timeout=600,
             ),

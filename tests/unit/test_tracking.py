@@ -238,6 +238,23 @@ def test_kill_loses_no_flushed_line(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 8))
 
 
+def test_kill_costs_wandb_no_more_than_its_last_second(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from mirage.config.schema import TrackingConfig\n"
+        "from mirage.tracking.run import Tracker\n"
+        "tracker = Tracker.open(\n"
+        "    Path(sys.argv[1]), TrackingConfig(wandb='offline'), name='x', recipe={}, is_main=True\n"
+        ")\n"
+        "for step in (1, 2, 3): tracker.log({'loss': 1.0}, axis='train', step=step)\n"
+        f"time.sleep({wandb_run.FLUSH_SECONDS + 0.8})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path])
+    assert [item["train/step"] for item in history(wandb_records(tmp_path))] == [1, 2, 3]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     tracker = open_tracker(tmp_path / "run", is_main=False)
     tracker.rewind(0)
