@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from mirage.config.keys import KeyPath, UnknownKey, all_keys, join, nearest_key, nearest_word, resolve, split
+from mirage.config.keys import KeyPath, UnknownKey, join, nearest_key, nearest_word, resolve, split
 from mirage.config.schema import Recipe
 from mirage.config.values import (
     Scalar,
@@ -83,18 +83,41 @@ def load_recipe(args: Sequence[str]) -> Recipe:
     if "run_dir" not in build.data:
         build.data["run_dir"] = Path("runs") / str(build.data["name"])
     recipe = _validate(build)
-    for where, path in build.unknown:
-        build.problems.append(Problem(where, _unknown_message(path, build)))
+    _add_unknown_problems(build)
     if recipe is None or build.problems:
         raise UserError(_report(build.problems, file.stem, len(overrides)))
     return recipe
+
+
+def load_section(section: str, args: Sequence[str], *, base: Mapping[str, Any] | None = None) -> BaseModel:
+    """One section of the recipe tree from `key=value` arguments over the plain data `base`; no recipe is needed.
+
+    Keys are written without the section's name (`mirage evaluate PATH tasks=mis_hard`). Raises `UserError` with every
+    mistake at once.
+    """
+    name, overrides, problems = _split_args([f"{section}.{arg}" for arg in args])
+    assert name is None
+    build = _Build(data={section: dict(base or {})}, problems=problems)
+    for key, text in overrides:
+        _add_override(build, key, text)
+    kind = strip_optional(resolve((section,)).annotation)[0]
+    value = None
+    try:
+        value = kind.model_validate(build.data[section])
+    except ValidationError as error:
+        _add_validation_problems(build, error, prefix=(section,))
+    _add_unknown_problems(build)
+    if value is None or build.problems:
+        report = _report(build.problems, f"the {section} settings", 0, subject="")
+        raise UserError(report.replace(f"{section}.", ""))
+    return value
 
 
 def resolved_json(recipe: Recipe) -> str:
     """The whole recipe as canonical JSON: sorted keys, every default written, one text for equal recipes."""
     # Validating once more gives defaults their declared types (2 and 2.0 must not be two recipes).
     canonical = Recipe.model_validate(recipe.model_dump())
-    return json.dumps(canonical.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(canonical.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -395,14 +418,21 @@ def _validate(build: _Build) -> Recipe | None:
     try:
         recipe = Recipe.model_validate(build.data)
     except ValidationError as error:
-        for item in error.errors(include_url=False):
-            path: KeyPath = item["loc"]
-            if any(path[: len(refused)] == refused for refused in build.refused):
-                continue
-            build.problems.append(Problem(_origin(build, path), _plain_message(item, path)))
+        _add_validation_problems(build, error)
         return None
     # Once more, so that defaults have their declared types too.
     return Recipe.model_validate(recipe.model_dump())
+
+
+def _add_validation_problems(build: _Build, error: ValidationError, *, prefix: KeyPath = ()) -> None:
+    for item in error.errors(include_url=False):
+        path: KeyPath = (*prefix, *item["loc"])
+        if not any(path[: len(refused)] == refused for refused in build.refused):
+            build.problems.append(Problem(_origin(build, path), _plain_message(item, path)))
+
+
+def _add_unknown_problems(build: _Build) -> None:
+    build.problems += [Problem(where, _unknown_message(path, build)) for where, path in build.unknown]
 
 
 def _origin(build: _Build, path: KeyPath) -> str:
@@ -462,12 +492,12 @@ def _summary(key: str, build: _Build) -> str:
     return describe_field(target.field) + ("" if now is _REFUSED else f", now {format_value(now)}")
 
 
-def _report(problems: Sequence[Problem], recipe: str, num_overrides: int) -> str:
+def _report(problems: Sequence[Problem], recipe: str, num_overrides: int, *, subject: str = "recipe ") -> str:
     count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
     overrides = f" + {num_overrides} override{'s' if num_overrides != 1 else ''}" if num_overrides else ""
     width = min(max(len(problem.where) for problem in problems), 44)
     lines = [f"  {problem.where:<{width}}  {problem.message}" for problem in problems]
-    return "\n".join([f"{count} in recipe {recipe}{overrides}", *lines, "Run with --help to list every key."])
+    return "\n".join([f"{count} in {subject}{recipe}{overrides}", *lines, "Run with --help to list every key."])
 
 
 def require_weights(recipe: Recipe) -> None:
@@ -496,8 +526,3 @@ def describe() -> None:
     from mirage.config.describe import print_schema
 
     print_schema()
-
-
-def schema_keys() -> list[str]:
-    """Every dotted key of a recipe, sections included."""
-    return [key for key, _ in all_keys()]

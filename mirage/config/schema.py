@@ -199,6 +199,13 @@ class TrainConfig(_Section):
     log_every: int = Field(default=1, gt=0)
     """Optimiser steps between two lines of metrics."""
 
+    @model_validator(mode="after")
+    def _bf16_is_sharded(self) -> TrainConfig:
+        # DeepSpeed 0.19's bf16 optimiser without ZeRO steps AdamW once on zeros when it is built, and sums in bf16.
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("train.zero_stage=0 needs train.precision=fp32; in bf16 take stage 1, the same on one process")
+        return self
+
 
 class CheckpointConfig(_Section):
     """When checkpoints are written and how many stay."""

@@ -305,19 +305,13 @@ def configure_libraries(environ: MutableMapping[str, str], *, has_gpu: bool) -> 
         handler.setLevel(logging.ERROR)
 
 
-def gradient_dtype(recipe: Recipe) -> str:
-    """Type that gradients are summed in over micro-steps and ranks: fp32 wherever ZeRO can.
-
-    In bf16 a sum over many packs loses the small ones, and the gradient would depend on how the batch is cut.
-    """
-    return "bf16" if recipe.train.precision == "bf16" and recipe.train.zero_stage == 0 else "fp32"
-
-
 def deepspeed_config(recipe: Recipe, *, world_size: int, has_gpu: bool | None = None) -> dict[str, Any]:
     """DeepSpeed's configuration for the recipe.
 
     One pack is one micro-step; the trainer counts them itself (`engine.set_gradient_accumulation_boundary`), so
-    accumulation is 1 here. Clipping is DeepSpeed's. `has_gpu` is found out when None.
+    accumulation is 1 here. Gradients are summed in fp32, over micro-steps and over ranks: in bf16 a sum over many packs
+    loses the small ones, and the gradient would depend on how the batch is cut. Clipping is DeepSpeed's. `has_gpu` is
+    found out when None.
     """
     train = recipe.train
     has_gpu = _has_gpu() if has_gpu is None else has_gpu
@@ -336,7 +330,7 @@ def deepspeed_config(recipe: Recipe, *, world_size: int, has_gpu: bool | None = 
         "wall_clock_breakdown": False,
         "zero_optimization": _zero_config(recipe, size=size, has_gpu=has_gpu),
     }
-    if train.precision == "bf16" and gradient_dtype(recipe) == "fp32":
+    if train.precision == "bf16":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 

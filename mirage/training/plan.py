@@ -17,7 +17,7 @@ import torch
 from mirage.config.schema import ModelConfig, Recipe
 from mirage.errors import UserError
 from mirage.models.adapter import ModelAdapter
-from mirage.training.launch import MAX_LIVE_PARAMETERS, deepspeed_config, gradient_dtype
+from mirage.training.launch import MAX_LIVE_PARAMETERS, deepspeed_config
 
 PARTS = ("vision", "projector", "embeddings", "language", "head")
 _BYTES = {"bf16": 2, "fp32": 4}
@@ -302,10 +302,10 @@ def state_bytes_per_parameter(recipe: Recipe) -> dict[str, int]:
     DeepSpeed keeps its flat copy of the weights there too. fp32 at stage 0: 16, without that copy.
     """
     train = recipe.train
-    master = 0 if train.precision == "fp32" and train.zero_stage == 0 else 4
+    master = 0 if train.zero_stage == 0 else 4
     return {
         "weights": _BYTES[train.precision],
-        "gradients": _BYTES[gradient_dtype(recipe)],
+        "gradients": 4,
         "master weights": master,
         "AdamW moments": 8,
     }

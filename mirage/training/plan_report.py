@@ -178,7 +178,9 @@ def _print_steps(console: Console, plan: RunPlan) -> None:
     table.add_row("optimiser steps", f"{plan.num_steps:,}{limit} of {recipe.train.batch_samples} samples")
     table.add_row("tokens a step", f"{mark}{plan.step_tokens:,.0f}")
     packs = f"{plan.micro_steps} packs of at most {recipe.data.pack_tokens:,} tokens a step and process"
-    table.add_row("packing", f"{packs}, {plan.world_size} processes ({plan.world_note})")
+    table.add_row(
+        "packing", f"{packs}, {plan.world_size} process{'es' if plan.world_size > 1 else ''} ({plan.world_note})"
+    )
     console.print(table)
     if longest > recipe.data.pack_tokens:
         console.print(f"[red]The longest sample does not fit into data.pack_tokens={recipe.data.pack_tokens}.[/red]")
@@ -207,18 +209,35 @@ def _print_memory(console: Console, plan: RunPlan) -> None:
 
 
 def _remedy(plan: RunPlan) -> str:
-    """What would make the run fit, the cheapest change first."""
+    """The first change that makes the run fit, the cheapest first."""
     recipe = plan.recipe
     if plan.largest_pack_tokens:
         return f"It does with data.pack_tokens={plan.largest_pack_tokens}."
-    for world_size in (2, 4, 8, 16, 32):
-        if world_size <= plan.world_size or recipe.train.zero_stage == 0:
-            continue
-        if memory_plan(plan.counts, plan.shape, recipe, world_size=world_size).total <= plan.memory_bytes:
-            return f"It does on {world_size} GPUs; on fewer, use train.offload_optimizer=true or a *_lora recipe."
-    if recipe.train.zero_stage < 3:
-        return "Set train.zero_stage=3."
-    return "Use a *_lora recipe."
+    sharded = _with_train(recipe, zero_stage=3)
+    options = [
+        ("train.zero_stage=3", sharded, plan.world_size),
+        (
+            "train.zero_stage=3 train.offload_optimizer=true",
+            _with_train(sharded, offload_optimizer=True),
+            plan.world_size,
+        ),
+        *(
+            (f"train.zero_stage=3 on {size} GPUs", sharded, size)
+            for size in (2, 4, 8, 16, 32, 64)
+            if size > plan.world_size
+        ),
+    ]
+    fitting = [
+        name
+        for name, changed, world_size in options
+        if memory_plan(plan.counts, plan.shape, changed, world_size=world_size).total <= plan.memory_bytes
+    ]
+    adapters = "" if recipe.model.lora is not None else " A *_lora recipe needs the least."
+    return (f"It does with {fitting[0]}." if fitting else "Take larger GPUs.") + adapters
+
+
+def _with_train(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
 def _print_work(console: Console, plan: RunPlan) -> None:

@@ -1,0 +1,167 @@
+"""The `mirage` command: one verb, one function, nothing heavy imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mirage.errors import UserError, run_main
+
+
+class Verb(NamedTuple):
+    """One thing the command does."""
+
+    run: Callable[[list[str]], int]
+    usage: str
+    help: str
+
+
+def train(args: list[str]) -> int:
+    """Train a recipe in this process; `accelerate launch mirage/train.py` is the same on several."""
+    from mirage.train import main as train_main
+
+    return train_main(args) or 0
+
+
+def evaluate(args: list[str]) -> int:
+    """Measure a checkpoint or a folder of weights on the recipe's tasks and print the summary."""
+    paths, settings = _split(args)
+    if len(paths) != 1:
+        raise UserError(f"evaluate takes one PATH (a checkpoint, a run folder or weights), found {len(paths)}: {paths}")
+    from mirage.evals.evaluate import run
+
+    return run(paths[0], settings) or 0
+
+
+def plan(args: list[str]) -> int:
+    """Print what a recipe needs: parameters, steps, memory a GPU, work; nothing is loaded."""
+    from mirage.config.loader import load_recipe
+    from mirage.training.plan import parse_memory, print_plan
+
+    gpus, rest = _take(args, "gpus")
+    memory, rest = _take(rest, "gpu_memory")
+    if gpus is not None and not (gpus.isascii() and gpus.isdigit() and int(gpus) > 0):
+        raise UserError(f"gpus={gpus}: must be a whole number > 0")
+    recipe = load_recipe([arg for arg in rest if arg != "--dry-run"])
+    print_plan(
+        recipe,
+        world_size=int(gpus) if gpus is not None else None,
+        memory_bytes=parse_memory(memory) if memory is not None else None,
+    )
+    return 0
+
+
+def tasks(args: list[str]) -> int:
+    """List the evaluation tasks and what they measure."""
+    _refuse(args)
+    from mirage.evals.tasks import TASKS
+
+    width = max(len(name) for name in TASKS)
+    for name, task in TASKS.items():
+        metrics = ", ".join(metric.name for metric in task.metrics)
+        print(f"{name:<{width}}  {task.description} ({metrics})")
+    return 0
+
+
+def recipes(args: list[str]) -> int:
+    """List the recipes; with `--keys`, every key of a recipe with its type, default and meaning."""
+    keys = args == ["--keys"]
+    _refuse([] if keys else args)
+    if keys:
+        from mirage.config.describe import print_schema
+
+        print_schema()
+        return 0
+    from mirage.config.loader import recipe_table
+
+    print(recipe_table())
+    return 0
+
+
+def report(args: list[str]) -> int:
+    """Print a run's results as Markdown."""
+    paths, settings = _split(args)
+    if len(paths) != 1 or settings:
+        raise UserError(f"report takes one RUN_DIR, found: {' '.join(args) or 'nothing'}")
+    folder = Path(paths[0])
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give the run_dir of a run")
+    from mirage.evals.report import summary_markdown
+
+    print(summary_markdown(folder))
+    return 0
+
+
+VERBS = {
+    "train": Verb(train, "recipe=NAME [key=value ...] [--dry-run]", "train a recipe in this process"),
+    "evaluate": Verb(
+        evaluate, "PATH [tasks=a,b] [data_dir=DIR] [max_samples=N] ...", "measure a checkpoint or weights"
+    ),
+    "plan": Verb(plan, "recipe=NAME [key=value ...] [gpus=8] [gpu_memory=80GB]", "parameters, steps and memory a GPU"),
+    "report": Verb(report, "RUN_DIR", "a run's results as Markdown"),
+    "recipes": Verb(recipes, "[--keys]", "list the recipes, or every key of one"),
+    "tasks": Verb(tasks, "", "list the evaluation tasks"),
+}
+
+
+def usage() -> str:
+    """The command's help text."""
+    width = max(len(name) for name in VERBS)
+    lines = [
+        f"  {name:<{width}}  {verb.help}\n  {'':<{width}}  mirage {name} {verb.usage}" for name, verb in VERBS.items()
+    ]
+    several = (
+        "On several processes: accelerate launch --config_file recipes/accelerate/FILE mirage/train.py recipe=NAME"
+    )
+    return "\n".join(["Usage: mirage VERB [key=value ...]", "", *lines, "", several])
+
+
+def dispatch(args: Sequence[str]) -> int:
+    """Run the verb that `args` begins with. Raises `UserError` for an unknown one, naming the nearest."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    verb, rest = VERBS.get(args[0]), list(args[1:])
+    if verb is None:
+        from mirage.config.keys import nearest_word
+
+        near = nearest_word(args[0], list(VERBS))
+        hint = f"did you mean `mirage {near}`? " if near else ""
+        raise UserError(f"there is no verb {args[0]!r}; {hint}Verbs are {', '.join(VERBS)}")
+    if {"-h", "--help"} & set(rest) and args[0] not in ("train",):
+        print(f"mirage {args[0]} {verb.usage}\n{verb.run.__doc__}")
+        return 0
+    return verb.run(rest)
+
+
+def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(paths, settings): an argument with `=` after a plain word is a setting. Raises `UserError` for `--flags`."""
+    for arg in args:
+        if arg.startswith("-"):
+            raise UserError(f"{arg}: there is no such option; write settings as key=value")
+    settings = [arg for arg in args if "=" in arg and "/" not in arg.partition("=")[0]]
+    return [arg for arg in args if arg not in settings], settings
+
+
+def _take(args: Sequence[str], key: str) -> tuple[str | None, list[str]]:
+    """The value of `key=value` (None without one) and the other arguments."""
+    values = [arg.partition("=")[2] for arg in args if arg.startswith(f"{key}=")]
+    if len(values) > 1:
+        raise UserError(f"{key} is given twice: {' and '.join(values)}")
+    return values[0] if values else None, [arg for arg in args if not arg.startswith(f"{key}=")]
+
+
+def _refuse(args: Sequence[str]) -> None:
+    if args:
+        raise UserError(f"takes no arguments here, found: {' '.join(args)}")
+
+
+def main() -> None:
+    """Entry point of the `mirage` script."""
+    run_main(lambda: dispatch(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
