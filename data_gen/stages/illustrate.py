@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 
-from data_gen.pictures import (
-    OPENMOJI_ATTRIBUTION,
-    OPENMOJI_LICENCE,
-    Picture,
-    crop_photo,
-    draw_thing,
-    generator_versions,
-)
+from data_gen.pictures import OPENMOJI_ATTRIBUTION, OPENMOJI_LICENCE, Picture, crop_photo, draw_thing
 from data_gen.seeds import derive_seed
 from data_gen.settings import Settings
 from data_gen.stages.draft import Draft
@@ -70,18 +62,25 @@ def draw_all(orders: list[PictureOrder], *, num_workers: int) -> Iterator[tuple[
 
 
 def image_refs(
-    taxonomy: Taxonomy, settings: Settings, draft: Draft, *, stored: Callable[[str], StoredPicture]
+    taxonomy: Taxonomy,
+    settings: Settings,
+    draft: Draft,
+    *,
+    stored: Callable[[str], StoredPicture],
+    versions: Mapping[str, str],
 ) -> tuple[ImageRef, ...]:
-    """The draft's pictures as rows name them. `stored` finds a drawn picture by the name of its order."""
-    build = partial(_image_ref, versions=generator_versions())
+    """The draft's pictures as rows name them.
+
+    `stored` finds a drawn picture by the name of its order; `versions` are those of `generator_versions`.
+    """
     orders = [
         picture_order(taxonomy, settings, slug, side=draft.side, variant=variant)
         for slug, variant in zip(draft.things, draft.variants)
     ]
-    return tuple(build(order, stored(order.name)) for order in orders)
+    return tuple(_image_ref(order, stored(order.name), versions) for order in orders)
 
 
-def _image_ref(order: PictureOrder, picture: StoredPicture, *, versions: dict[str, str]) -> ImageRef:
+def _image_ref(order: PictureOrder, picture: StoredPicture, versions: Mapping[str, str]) -> ImageRef:
     subject = order.subject
     if isinstance(subject, Photo):
         generator = f"{subject.package} {versions[subject.package]}: {subject.file}"
