@@ -212,14 +212,16 @@ def make_rows(
     build: BuildFolder, taxonomy: Taxonomy, settings: Settings, drafts: tuple[Draft, ...], *, key: str
 ) -> tuple[Row, ...]:
     """Label and verify all drafts, in plan order. `key` names the build in each row's lineage."""
-    versions = stage_versions()
+    versions, generators = stage_versions(), pictures.generator_versions()
     lineage = tuple(
         LineageStep(stage=n, version=versions[n], key=key) for n in ("plan", "illustrate", "label", "verify")
     )
     pairs = pair_table(taxonomy, seed=settings.seed)
     made: dict[int, Row] = {}
     for draft in drafts:
-        images = illustrate.image_refs(taxonomy, settings, draft, stored=build.pictures.__getitem__)
+        images = illustrate.image_refs(
+            taxonomy, settings, draft, stored=build.pictures.__getitem__, versions=generators
+        )
         made[draft.index] = label.label_row(
             taxonomy, draft, images, settings=settings, pairs=pairs, sources=made, lineage=lineage
         )
