@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Another installer may take pip's place: make setup INSTALL="uv pip install"
 INSTALL ?= $(BIN)/python -m pip install --quiet
+# uv reads the folders of wheels that pip is given (a CPU build of torch, say) under a name of its own.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 # make datagen OUT=DIR SEED=N SIZE=small|paper
 OUT  ?= data/mis

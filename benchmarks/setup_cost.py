@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -62,10 +61,8 @@ def copy_checkout(target: Path) -> None:
 def timed_setup(checkout: Path, *, installer: str | None, python: str) -> float:
     """Seconds of one `make setup` in `checkout`; raises CalledProcessError where it fails."""
     command = ["make", "setup", f"PYTHON={python}", *([f"INSTALL={installer}"] if installer else [])]
-    # uv reads its own name for the folders of wheels that pip reads from PIP_FIND_LINKS.
-    environ = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", "")} | os.environ
     start = time.perf_counter()
-    subprocess.run(command, cwd=checkout, env=environ, check=True, stdout=sys.stderr)
+    subprocess.run(command, cwd=checkout, check=True, stdout=sys.stderr)
     return time.perf_counter() - start
 
 
