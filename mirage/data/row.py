@@ -178,5 +178,5 @@ def canonical_json(value: Any) -> str:
 
 
 def dump_row(row: Row) -> str:
-    """One line of `rows.jsonl` (no newline at the end); fields at their defaults are left out."""
-    return canonical_json(row.model_dump(mode="json", exclude_defaults=True) | {"id": row.id})
+    """One line of `rows.jsonl` (no newline at the end); fields that are null are left out."""
+    return canonical_json(row.model_dump(mode="json", exclude_none=True))

@@ -75,7 +75,7 @@ class RenderedText:
 
 @dataclass(frozen=True)
 class Segment:
-    """One piece of a rendered chat: text, and whether the model learns to write it."""
+    """One piece of a rendered chat, and whether the model learns to write it. Begins at a special token or an answer."""
 
     text: str
     supervised: bool
@@ -132,11 +132,24 @@ class ModelAdapter(ABC):
         """
         segments = self.chat_segments(messages, image_tokens, generation=generation)
         input_ids, labels = list(self.prefix_ids), [IGNORE_INDEX] * len(self.prefix_ids)
-        for segment in merge_segments(segments):
+        before = ""
+        for segment in segments:
             ids = self.encode(segment.text)
+            if segment.supervised:
+                # Tokenised together with the text just before it, as upstream trains, unless that text's own tokens
+                # would change: then the prompt of training and of generation would differ.
+                context, joined = self.encode(before), self.encode(before + segment.text)
+                ids = joined[len(context) :] if joined[: len(context)] == context else ids
             input_ids += ids
             labels += ids if segment.supervised else [IGNORE_INDEX] * len(ids)
-        labels[0] = IGNORE_INDEX
+            before = segment.text
+        if input_ids.count(self.image_token_id) != sum(image_tokens):
+            raise UserError(
+                f"the text itself holds an image placeholder such as {self.tokenizer.decode([self.image_token_id])!r}; "
+                "remove it from the messages"
+            )
+        if labels:
+            labels[0] = IGNORE_INDEX
         return RenderedText(input_ids, labels, "".join(segment.text for segment in segments))
 
     # Positions and batches
@@ -154,6 +167,11 @@ class ModelAdapter(ABC):
     def token_inputs(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Further inputs derived from ids alone (e.g. modality marks)."""
         return {}
+
+    @property
+    @abstractmethod
+    def image_token_id(self) -> int:
+        """Id of the placeholder that a picture's features replace."""
 
     @abstractmethod
     def dummy_picture(self) -> tuple[Picture, list[int]]:
@@ -197,17 +215,6 @@ class ModelAdapter(ABC):
     @abstractmethod
     def image_processor_config(self, folder: Path) -> None:
         """Write the `preprocessor_config.json` that plain transformers and vLLM read."""
-
-
-def merge_segments(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbours of equal supervision, so that tokens never break where training does not ask for it."""
-    merged: list[Segment] = []
-    for segment in segments:
-        if merged and merged[-1].supervised == segment.supervised:
-            merged[-1] = Segment(merged[-1].text + segment.text, segment.supervised)
-        else:
-            merged.append(segment)
-    return [segment for segment in merged if segment.text]
 
 
 def check_image_marks(messages: Sequence[Message], image_tokens: Sequence[int]) -> None:

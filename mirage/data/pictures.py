@@ -1,0 +1,51 @@
+"""Pictures from disk to tensors: decoded, turned upright, made RGB, preprocessed by the adapter, kept while in use."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mirage.errors import UserError
+from mirage.models.adapter import ModelAdapter, Picture
+
+
+def open_picture(path: Path) -> Image.Image:
+    """An RGB image, EXIF rotation applied, transparency laid on white. Raises `UserError` for a file that is none."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                colour = upright.convert("RGBA")
+                paper = Image.new("RGBA", colour.size, (255, 255, 255, 255))
+                return Image.alpha_composite(paper, colour).convert("RGB")
+            return upright.convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"image {path} is missing") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be decoded ({error}); restore the file") from error
+
+
+class PictureLoader:
+    """Preprocessed pictures by path, with the most recently used ones kept in memory up to `cache_bytes`."""
+
+    def __init__(self, adapter: ModelAdapter, *, cache_bytes: int) -> None:
+        self._adapter = adapter
+        self._cache_bytes = cache_bytes
+        self._held_bytes = 0
+        self._cache: OrderedDict[tuple[str, str, int], Picture] = OrderedDict()
+
+    def load(self, path: Path, *, key: str, num_images: int) -> Picture:
+        """The picture at `path`, whose content hash is `key`, in a sample of `num_images`."""
+        entry = (key, str(path) if not key else "", num_images)
+        if entry in self._cache:
+            self._cache.move_to_end(entry)
+            return self._cache[entry]
+        picture = self._adapter.preprocess(open_picture(path), num_images=num_images)
+        self._cache[entry] = picture
+        self._held_bytes += picture.nbytes
+        while self._held_bytes > self._cache_bytes and self._cache:
+            _, oldest = self._cache.popitem(last=False)
+            self._held_bytes -= oldest.nbytes
+        return picture

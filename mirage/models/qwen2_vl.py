@@ -1,0 +1,184 @@
+"""Qwen2-VL: pixel budgets, `<|image_pad|>` placeholders, M-RoPE positions in three rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mirage.data.row import ImagePart, Message
+from mirage.errors import UserError
+from mirage.models.adapter import ModelAdapter, Picture, Segment, check_image_marks
+
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."  # Qwen2-VL's published chat template
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_TOKEN = "<|image_pad|>"
+MAX_ASPECT_RATIO = 200
+
+
+def scaled_size(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(width, height) in pixels: multiples of `factor` with an area in [min_pixels, max_pixels], aspect ratio kept.
+
+    transformers' `smart_resize` (models/qwen2_vl/image_processing_qwen2_vl.py). Raises `UserError` for a picture more
+    than 200 times longer than wide.
+    """
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise UserError(f"a picture of {width} x {height} pixels is more than {MAX_ASPECT_RATIO} times longer than wide")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_width, new_height
+
+
+class Qwen2VLAdapter(ModelAdapter):
+    """Qwen2-VL in transformers' class `Qwen2VLForConditionalGeneration`."""
+
+    family = "qwen2_vl"
+    groups: ClassVar = {
+        "projector": ("model.visual.merger.",),
+        "vision": ("model.visual.",),
+        "language": ("model.language_model.", "lm_head."),
+    }
+    linear_names: ClassVar = {
+        "vision": ("qkv", "proj", "fc1", "fc2"),
+        "projector": ("0", "2"),
+        "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }
+    decoder_layer_class = "Qwen2VLDecoderLayer"
+
+    @property
+    def _patch(self) -> int:
+        return self.config.vision_config.patch_size
+
+    @property
+    def _merge(self) -> int:
+        return self.config.vision_config.spatial_merge_size
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        return scaled_size(
+            width,
+            height,
+            factor=self._patch * self._merge,
+            min_pixels=self.spec.min_pixels,
+            max_pixels=self.spec.max_pixels,
+        )
+
+    def num_image_tokens(self, width: int, height: int, *, num_images: int) -> int:
+        new_width, new_height = self._scaled(width, height)
+        return (new_width // self._patch) * (new_height // self._patch) // self._merge**2
+
+    def preprocess(self, image: Image.Image, *, num_images: int) -> Picture:
+        """`pixel_values` [patches, 3 * temporal * patch * patch] float32 and `image_grid_thw` [1, 3]."""
+        width, height = self._scaled(image.width, image.height)
+        resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+        pixels = (resized - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+        patches = self._patchify(pixels.transpose(2, 0, 1))
+        grid = torch.tensor([[1, height // self._patch, width // self._patch]])
+        return Picture(
+            {"pixel_values": torch.from_numpy(patches), "image_grid_thw": grid}, len(patches) // self._merge**2
+        )
+
+    def _patchify(self, pixels: np.ndarray) -> np.ndarray:
+        """[3, height, width] -> [patches, 3 * temporal * patch * patch], patches in merge order (Qwen2-VL's ViT)."""
+        patch, merge = self._patch, self._merge
+        temporal = self.config.vision_config.temporal_patch_size
+        channels, height, width = pixels.shape
+        rows, columns = height // patch, width // patch
+        blocks = pixels.reshape(channels, rows // merge, merge, patch, columns // merge, merge, patch)
+        blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
+        blocks = np.broadcast_to(blocks, (*blocks.shape[:5], temporal, *blocks.shape[6:]))
+        return np.ascontiguousarray(blocks.reshape(rows * columns, channels * temporal * patch * patch))
+
+    def chat_segments(self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool) -> list[Segment]:
+        check_image_marks(messages, image_tokens)
+        turns = list(messages)
+        system = self.spec.system_prompt if self.spec.system_prompt is not None else DEFAULT_SYSTEM_PROMPT
+        if turns and turns[0].role == "system":
+            system = turns.pop(0).text
+        segments = [Segment(f"<|im_start|>system\n{system}<|im_end|>\n", False)] if system else []
+        for message in turns:
+            if message.role == "assistant":
+                segments.append(Segment("<|im_start|>assistant\n", False))
+                segments.append(Segment(f"{message.text}<|im_end|>", True))
+                segments.append(Segment("\n", False))
+            else:
+                text = "".join(
+                    f"<|vision_start|>{IMAGE_TOKEN * image_tokens[part.index]}<|vision_end|>"
+                    if isinstance(part, ImagePart)
+                    else part.text
+                    for part in message.content
+                )
+                segments.append(Segment(f"<|im_start|>{message.role}\n{text}<|im_end|>\n", False))
+        if generation:
+            segments.append(Segment("<|im_start|>assistant\n", False))
+        return segments
+
+    def position_ids(self, input_ids: torch.Tensor, pictures: Sequence[Picture]) -> torch.Tensor:
+        """[4, L]: row 0 plain positions (they mark the sample), rows 1-3 the temporal, height and width rope index.
+
+        Same values as transformers' `Qwen2VLModel.get_rope_index`, which does not take text-only samples.
+        """
+        is_image = (input_ids == self.image_token_id).tolist()
+        grids = iter([picture.tensors["image_grid_thw"][0].tolist() for picture in pictures])
+        pieces: list[torch.Tensor] = []
+        start, next_position = 0, 0
+        while start < len(is_image):
+            end = start
+            while end < len(is_image) and is_image[end] == is_image[start]:
+                end += 1
+            if not is_image[start]:
+                pieces.append(torch.arange(end - start).expand(3, -1) + next_position)
+                next_position += end - start
+                start = end
+                continue
+            frames, rows, columns = next(grids)
+            rows, columns = rows // self._merge, columns // self._merge
+            index = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).view(-1, 3)
+            pieces.append(index.T + next_position)
+            next_position += max(rows, columns)
+            start += frames * rows * columns
+        return torch.cat([torch.arange(len(input_ids)).unsqueeze(0), torch.cat(pieces, dim=1)])
+
+    def token_inputs(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`mm_token_type_ids`: 1 at image placeholders, 0 elsewhere; the shape of `input_ids`."""
+        return {"mm_token_type_ids": (input_ids == self.image_token_id).int()}
+
+    def dummy_picture(self) -> tuple[Picture, list[int]]:
+        edge, vision = self._merge, self.config.vision_config
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        tensors = {"pixel_values": torch.zeros(edge * edge, width), "image_grid_thw": torch.tensor([[1, edge, edge]])}
+        return Picture(tensors, 1), [self.image_token_id]
+
+    @property
+    def image_token_id(self) -> int:
+        return self.config.image_token_id
+
+    def image_processor_config(self, folder: Path) -> None:
+        config = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2VLProcessor",
+            "size": {"shortest_edge": self.spec.min_pixels, "longest_edge": self.spec.max_pixels},
+            "min_pixels": self.spec.min_pixels,
+            "max_pixels": self.spec.max_pixels,
+            "patch_size": self._patch,
+            "temporal_patch_size": self.config.vision_config.temporal_patch_size,
+            "merge_size": self._merge,
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "image_mean": list(IMAGE_MEAN),
+            "image_std": list(IMAGE_STD),
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,166 @@
+"""From a folder or hub id to (model, adapter): the one place that knows which families there are."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, InternVLForConditionalGeneration, Qwen2VLForConditionalGeneration
+
+from mirage.config.schema import PreprocessingConfig
+from mirage.errors import UserError
+from mirage.models.adapter import ModelAdapter, PreprocessingSpec
+from mirage.models.attention import choose_attention
+from mirage.models.dynamic_rope import forget_longer_sequences
+from mirage.models.internvl import InternVLAdapter, check_internvl_config
+from mirage.models.qwen2_vl import Qwen2VLAdapter
+
+# transformers' model_type -> (adapter, model class). A new family is one line here and one file beside this one.
+FAMILIES: dict[str, tuple[type[ModelAdapter], Any]] = {
+    "internvl": (InternVLAdapter, InternVLForConditionalGeneration),
+    "qwen2_vl": (Qwen2VLAdapter, Qwen2VLForConditionalGeneration),
+}
+PUBLISHED_INTERNVL = "internvl_chat"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def cache_dir() -> Path:
+    """Where built and converted models lie between runs: $MIRAGE_CACHE, else ~/.cache/mirage."""
+    return Path(os.environ.get("MIRAGE_CACHE") or Path.home() / ".cache" / "mirage")
+
+
+def find_weights(path: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of `path`: a folder with weights, a MIRage checkpoint (its `model/`), or a hub id to download.
+
+    A published InternVL folder is converted once into the cache. Raises `UserError` when there is nothing there.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+            raise UserError(f"no model at {str(path)!r}: neither a local folder nor a hub id of the form owner/name")
+        folder = _download(str(path), revision)
+    if (folder / "model" / "config.json").exists() or (folder / "model" / "adapter_config.json").exists():
+        folder = folder / "model"
+    if (folder / "adapter_config.json").exists():
+        return folder
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise UserError(f"{folder} holds no config.json; model.path must be a folder with a model in it")
+    model_type = _read_json(config_file).get("model_type")
+    if model_type == PUBLISHED_INTERNVL:
+        from mirage.models.internvl_checkpoint import native_folder
+
+        return native_folder(folder, cache_dir() / "converted")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no .safetensors weights; MIRage reads no other format")
+    return folder
+
+
+def load_adapter(
+    folder: Path, *, preprocessing: PreprocessingConfig | None = None, trust_remote_code: bool = False
+) -> ModelAdapter:
+    """The adapter of a weights folder. Its spec is the folder's own; `preprocessing` sets it where there is none.
+
+    Raises `UserError` for an unknown family.
+    """
+    folder = base_folder(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if config.model_type not in FAMILIES:
+        known = ", ".join(sorted([*FAMILIES, PUBLISHED_INTERNVL]))
+        raise UserError(f"{folder / 'config.json'}: model_type {config.model_type!r} is not one of {known}")
+    adapter_class, _ = FAMILIES[config.model_type]
+    # Weights alone load too: the model runs, only text cannot be rendered.
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code) if has_tokenizer else None
+    spec = _spec(adapter_class.family, folder, config, preprocessing)
+    return adapter_class(tokenizer, config, spec)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    preprocessing: PreprocessingConfig | None = None,
+    attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, ModelAdapter]:
+    """(model, adapter) of a weights folder, a MIRage checkpoint, a peft adapter folder or a hub id.
+
+    The model is the plain transformers class (or peft's wrapper of it) in evaluation mode and takes transformers'
+    usual arguments. `dtype` is the type of its weights.
+    """
+    folder = find_weights(path, revision=revision)
+    adapter = load_adapter(folder, preprocessing=preprocessing, trust_remote_code=trust_remote_code)
+    implementation, _ = choose_attention(attention, device_type=torch.device(device).type)
+    if adapter.family == "internvl":
+        check_internvl_config(adapter.config)
+    _, model_class = FAMILIES[adapter.config.model_type]
+    model = model_class.from_pretrained(
+        base_folder(folder), dtype=dtype, attn_implementation=implementation, use_safetensors=True
+    )
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder)
+    forget_longer_sequences(model)
+    if adapter.tokenizer is not None:
+        model.generation_config.eos_token_id = adapter.stop_ids
+        model.generation_config.pad_token_id = adapter.pad_id
+    return model.to(device).eval(), adapter
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of the full weights: `folder` itself, or the base model that its peft adapter names."""
+    adapter_file = folder / "adapter_config.json"
+    if not adapter_file.exists():
+        return folder
+    base = Path(_read_json(adapter_file)["base_model_name_or_path"])
+    if not base.exists():
+        raise UserError(f"{adapter_file}: the base model {base} is not there; edit base_model_name_or_path")
+    return base
+
+
+def _spec(
+    family: Any, folder: Path, config: Any, preprocessing: PreprocessingConfig | None
+) -> PreprocessingSpec:
+    saved = PreprocessingSpec.load(folder)
+    if preprocessing is None and saved is not None:
+        return saved
+    settings = (preprocessing or PreprocessingConfig()).model_dump()
+    if preprocessing is None and family == "internvl":
+        settings["image_size"] = _edge(config.vision_config.image_size)
+    spec = PreprocessingSpec(family=family, **settings)
+    if family == "internvl" and spec.image_size != _edge(config.vision_config.image_size):
+        raise UserError(
+            f"preprocessing.image_size is {spec.image_size} and the vision tower of {folder} takes "
+            f"{_edge(config.vision_config.image_size)} pixels; set preprocessing.image_size to that"
+        )
+    return spec
+
+
+def _edge(size: Any) -> int:
+    return size[0] if isinstance(size, (list, tuple)) else size
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"could not get {name!r} from the hub ({reason}); give model.path a local folder instead") from error

@@ -1,0 +1,45 @@
+"""What `accelerate launch` runs: recipe, callbacks, fit. One process of this file is one rank."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The launcher puts this file's own folder at the head of the path, where `data` or `models` would shadow other packages.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from mirage.config.loader import load_recipe  # noqa: E402
+from mirage.errors import run_main  # noqa: E402
+
+
+def main(args: list[str] | None = None) -> int:
+    """Train as the arguments say: `recipe=NAME key=value ...`, `--help` or `--dry-run`."""
+    args = sys.argv[1:] if args is None else args
+    if not args or {"-h", "--help"} & set(args):
+        from mirage.config.describe import print_schema
+
+        print_schema()
+        return 0
+    dry_run = "--dry-run" in args
+    recipe = load_recipe([arg for arg in args if arg != "--dry-run"])
+    if dry_run:
+        from mirage.training.plan import print_plan
+
+        print_plan(recipe)
+        return 0
+
+    from mirage.training.launch import prepare_process
+
+    prepare_process(recipe)
+
+    from mirage.evals.hook import EvalCallback
+    from mirage.tracking.callback import TrackingCallback
+    from mirage.tracking.console import ConsoleCallback
+    from mirage.training.trainer import Trainer
+
+    Trainer(recipe, [ConsoleCallback(), TrackingCallback(), EvalCallback()]).fit()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

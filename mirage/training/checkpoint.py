@@ -1,0 +1,138 @@
+"""Checkpoints: written aside, synced, renamed, then marked READY with the hash of every file.
+
+    checkpoint-000200/
+      READY            manifest: step, fingerprint of the weights, sha256 of every file
+      recipe.json      the resolved recipe
+      model/           what plain transformers, peft and vLLM load
+      resume/          optimiser state and random state; only MIRage reads it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mirage.errors import UserError
+
+READY = "READY"
+NAME = re.compile(r"^checkpoint-(\d{6,})$")
+LEASE_SUFFIX = ".lease"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimiser steps."""
+    return f"checkpoint-{step:06d}"
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step a checkpoint folder's name tells."""
+    match = NAME.match(folder.name)
+    if match is None:
+        raise UserError(f"{folder} is not named like a checkpoint (checkpoint-000200)")
+    return int(match[1])
+
+
+def aside_name(step: int) -> str:
+    """Folder that a checkpoint is written in before it is renamed."""
+    return f".{checkpoint_name(step)}.partial"
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(hashes: dict[str, str]) -> str:
+    """Identity of the weights: 16 hex digits over the hashes of the model's safetensors files."""
+    weights = {name: value for name, value in sorted(hashes.items()) if name.endswith(".safetensors")}
+    weights = {name: value for name, value in weights.items() if not name.startswith("resume/")}
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]
+
+
+def publish(aside: Path, final: Path, *, step: int) -> None:
+    """Make the folder written at `aside` the checkpoint `final`: sync, rename, READY. One process calls it."""
+    hashes = {}
+    for path in sorted(aside.rglob("*")):
+        if path.is_file():
+            _sync(path)
+            hashes[path.relative_to(aside).as_posix()] = file_sha256(path)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.replace(final)
+    _sync(final.parent)
+    manifest = {"step": step, "fingerprint": fingerprint(hashes), "files": hashes}
+    write_atomic(final / READY, json.dumps(manifest, indent=2) + "\n")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_ready(folder: Path) -> dict[str, Any] | None:
+    """The READY manifest of a checkpoint, or None for a folder that was never finished."""
+    try:
+        return json.loads((folder / READY).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def ready_checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    folders = [path for path in run_dir.glob("checkpoint-*") if NAME.match(path.name) and read_ready(path)]
+    return sorted(folders, key=checkpoint_step)
+
+
+def last_resumable(run_dir: Path) -> Path | None:
+    """The newest finished checkpoint that training can continue from."""
+    return next((path for path in reversed(ready_checkpoints(run_dir)) if (path / "resume").is_dir()), None)
+
+
+def remove_torn(run_dir: Path) -> None:
+    """Remove what an interrupted write left: folders aside, and checkpoints without READY."""
+    for path in [*run_dir.glob(".checkpoint-*.partial"), *run_dir.glob(".*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in run_dir.glob("checkpoint-*"):
+        if NAME.match(path.name) and read_ready(path) is None:
+            shutil.rmtree(path)
+
+
+def leases(folder: Path) -> list[Path]:
+    """Lease files that evaluations hold on a checkpoint."""
+    return sorted(folder.glob(f"*{LEASE_SUFFIX}"))
+
+
+def retire(run_dir: Path, *, keep_last: int) -> list[Path]:
+    """Remove trained checkpoints older than the newest `keep_last`, save those under a lease. Returns what went.
+
+    READY goes first, so that a removal cut short leaves a folder that nothing takes for a checkpoint.
+    """
+    trained = [path for path in ready_checkpoints(run_dir) if checkpoint_step(path) > 0]
+    gone = [path for path in trained[:-keep_last] if not leases(path)]
+    for path in gone:
+        (path / READY).unlink()
+        shutil.rmtree(path)
+    return gone

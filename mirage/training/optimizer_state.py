@@ -1,0 +1,117 @@
+"""Optimiser state out of and into DeepSpeed, parameter by parameter: the same files for every ZeRO stage and world size.
+
+Through DeepSpeed's `safe_get_full_*` and `safe_set_*` functions (deepspeed.utils, "ZeRO API"), each parameter's fp32
+master weights and AdamW moments are put together whole; the ranks share the writing. safetensors only, no pickle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _trained(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+
+
+def save_optimizer_state(engine: Any, folder: Path, *, rank: int, world_size: int) -> None:
+    """Write this rank's share into `rank-NNNNN.safetensors`: every `world_size`-th parameter, whole. All ranks call."""
+    tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
+    for number, (name, parameter) in enumerate(_trained(engine)):
+        state = {MASTER: safe_get_full_fp32_param(parameter)}
+        state |= {key: _full_moment(engine, parameter, key) for key in MOMENTS}
+        if number % world_size == rank:
+            tensors |= {f"{name}/{key}": _host(value, parameter) for key, value in state.items()}
+    save_file(tensors, folder / f"rank-{rank:05d}.safetensors")
+
+
+def load_optimizer_state(engine: Any, folder: Path, *, num_steps: int, rank: int) -> None:
+    """Read the state of a run after `num_steps` optimiser steps into a fresh engine, whatever world size wrote it."""
+    _create_moments(engine, num_steps)
+    where: dict[str, Path] = {}
+    for file in sorted(folder.glob("rank-*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            where |= {key: file for key in tensors.keys() if key != "rng"}  # noqa: SIM118
+    files = {file: safe_open(file, framework="pt") for file in set(where.values())}
+    for name, parameter in _trained(engine):
+        for key in (MASTER, *MOMENTS):
+            full_name = f"{name}/{key}"
+            _set(parameter, key, files[where[full_name]].get_tensor(full_name), engine)
+    own = folder / f"rank-{rank:05d}.safetensors"
+    if own.exists():
+        with safe_open(own, framework="pt") as tensors:
+            torch.set_rng_state(tensors.get_tensor("rng"))
+
+
+def _host(value: torch.Tensor | None, parameter: torch.nn.Parameter) -> torch.Tensor:
+    tensor = parameter.detach() if value is None else value.detach()
+    return tensor.to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _plain_state(engine: Any, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
+    """The state dict of an unsharded parameter (ZeRO stage 0 in fp32: torch's own optimiser), else None."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return optimizer.state.get(parameter)
+
+
+def _full_moment(engine: Any, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+    plain = _plain_state(engine, parameter)
+    return plain[key] if plain else safe_get_full_optimizer_state(parameter, key)
+
+
+def _flat_partitions(engine: Any) -> list[torch.Tensor]:
+    """The flat fp32 tensors that the wrapped optimiser steps, by DeepSpeed's three kinds of sharding."""
+    optimizer = engine.optimizer
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, attribute):
+            return list(getattr(optimizer, attribute))
+    return [parameter for _, parameter in _trained(engine)]
+
+
+def _create_moments(engine: Any, num_steps: int) -> None:
+    # A fresh engine has no moments before its first step; AdamW's own layout of them.
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for flat in _flat_partitions(engine):
+        moments = {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
+        base.state[flat] = {"step": torch.tensor(float(num_steps)), **moments}
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
+
+
+def _set(parameter: torch.nn.Parameter, key: str, value: torch.Tensor, engine: Any) -> None:
+    value = value.to(parameter.device)
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's slice of the flattened tensor, padded at the end
+        size = parameter.ds_tensor.numel()
+        rank = torch.distributed.get_rank()
+        flat = torch.zeros(size, dtype=value.dtype, device=value.device)
+        part = value.flatten()[rank * size : (rank + 1) * size]
+        flat[: len(part)] = part
+        if key == MASTER:
+            safe_set_local_fp32_param(parameter, flat)
+        else:
+            safe_set_local_optimizer_state(parameter, flat, key)
+        return
+    plain = _plain_state(engine, parameter)
+    if plain is not None:
+        if key != MASTER:
+            plain[key].copy_(value)
+    elif key == MASTER:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)

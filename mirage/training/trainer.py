@@ -1,0 +1,301 @@
+"""The training loop: next packs, token weights, forward and backward, check, step, log, checkpoint, callbacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from mirage.config.loader import recipe_hash, resolved_json
+from mirage.config.schema import Recipe
+from mirage.data.collate import PackDataset, PackedBatch, iterate_steps, step_weight
+from mirage.data.lengths import LengthIndex, index_rows
+from mirage.data.pack import PackPlan
+from mirage.data.sources import LeftOut, SourcedRow, load_mixture
+from mirage.errors import UserError
+from mirage.models.lora import count_parameters, load_adapter_weights, select_trainable
+from mirage.models.registry import load_adapter, load_model
+from mirage.training import checkpoint as checkpoints
+from mirage.training.callbacks import Callback
+from mirage.training.distributed import build_accelerator, end, sum_over_ranks
+from mirage.training.export import link_untouched_model, save_model
+from mirage.training.loss import PackedLossModel
+from mirage.training.optim import build_optimizer, learning_rate
+from mirage.training.optimizer_state import load_optimizer_state, save_optimizer_state
+from mirage.training.weights import find_base
+
+# What may differ when a run is continued: it changes no weight.
+FREE_SECTIONS = ("tracking", "eval", "checkpoint", "run_dir")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on: the loss or a gradient is not a number. Names the step and its rows."""
+
+
+class Trainer:
+    """One rank of a run. `fit()` does everything; callbacks see the attributes without underscore."""
+
+    def __init__(self, recipe: Recipe, callbacks: Sequence[Callback] = (), *, tracker: Any = None) -> None:
+        self.recipe = recipe
+        self.run_dir: Path = recipe.run_dir.absolute()
+        self.callbacks = list(callbacks)
+        self.tracker = tracker
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.is_main = self.rank == 0
+        self.step = 0
+        self.epoch = 0.0
+        self.stopped_early = False
+        self._lock = FileLock(self.run_dir / ".lock") if self.is_main else None
+
+    # Set-up
+
+    def setup(self) -> None:
+        """Claim the run folder, load data, model and, if there is one, the last checkpoint; start the process group.
+
+        The model is loaded before DeepSpeed exists: within a ZeRO-3 process transformers would shard it as it loads,
+        compare empty tensors and tie heads that are not tied.
+        """
+        self._claim_run_dir()
+        self.rows, self.index = self._load_data()
+        self.plan = PackPlan(
+            self.index,
+            batch_samples=self.recipe.train.batch_samples,
+            pack_tokens=self.recipe.data.pack_tokens,
+            world_size=self.world_size,
+            epochs=self.recipe.train.epochs,
+            seed=self.recipe.train.seed,
+            max_steps=self.recipe.train.max_steps,
+        )
+        self.total_steps = self.plan.num_steps
+        last = checkpoints.last_resumable(self.run_dir)
+        self._load_model(last)
+        self._accelerator = build_accelerator(self.recipe, world_size=self.world_size)
+        self.device: torch.device = self._accelerator.device
+        self._build_engine(last)
+
+    def _claim_run_dir(self) -> None:
+        if self._lock is None:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"another process is training in {self.run_dir}; wait for it or choose another run_dir") from error
+        checkpoints.remove_torn(self.run_dir)
+        self._check_same_recipe()
+
+    def _check_same_recipe(self) -> None:
+        file = self.run_dir / "recipe.json"
+        now = json.loads(resolved_json(self.recipe))
+        if file.exists() and checkpoints.last_resumable(self.run_dir):
+            before = json.loads(file.read_text(encoding="utf-8"))
+            changed = [
+                f"{section}.{key}" if isinstance(value, dict) else section
+                for section, value in now.items()
+                if section not in FREE_SECTIONS
+                for key in (value if isinstance(value, dict) else [section])
+                if (value[key] if isinstance(value, dict) else value)
+                != (before.get(section, {}).get(key) if isinstance(value, dict) else before.get(section))
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.run_dir} holds a run with other settings ({', '.join(changed)}); "
+                    "continue it with the same ones, or set run_dir to a new folder"
+                )
+        checkpoints.write_atomic(file, resolved_json(self.recipe) + "\n")
+
+    def _load_data(self) -> tuple[list[SourcedRow], LengthIndex]:
+        """Base model's folder, rows and length index; the ledger is written by the main rank."""
+        config = self.recipe.data
+        mixture = load_mixture(config, seed=self.recipe.train.seed)
+        self.base = find_base(self.recipe)
+        self.adapter = load_adapter(self.base, preprocessing=self.recipe.preprocessing)
+        rows, index, too_long = index_rows(mixture.rows, self.adapter, config)
+        if self.is_main:
+            self._write_ledger([*mixture.left_out, *too_long])
+        return rows, index
+
+    def _write_ledger(self, left_out: Sequence[LeftOut]) -> None:
+        lines = [json.dumps(vars(entry), ensure_ascii=False) for entry in left_out]
+        checkpoints.write_atomic(self.run_dir / "ledger.jsonl", "".join(f"{line}\n" for line in lines))
+
+    def _load_model(self, last: Path | None) -> None:
+        """Weights of the base or of checkpoint `last`, frozen and adapted as the recipe says."""
+        recipe = self.recipe
+        resumes_in_full = last is not None and recipe.model.lora is None
+        self.model, _ = load_model(
+            last / "model" if resumes_in_full and last is not None else self.base,
+            preprocessing=recipe.preprocessing,
+            attention=recipe.model.attention,
+            dtype=DTYPES[recipe.train.precision],
+        )
+        self.peft_model = select_trainable(
+            self.model, self.adapter, recipe.model, base=str(self.base), seed=recipe.train.seed
+        )
+        if last is not None and self.peft_model is not None:
+            load_adapter_weights(self.peft_model, last / "model")
+        if recipe.train.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.num_trained_parameters, self.num_parameters = count_parameters(self.model)
+
+    def _build_engine(self, last: Path | None) -> None:
+        wrapped = PackedLossModel(self.model).train()
+        self.engine, _ = self._accelerator.prepare(wrapped, build_optimizer(wrapped, self.recipe.train))
+        if last is None:
+            torch.manual_seed(self.recipe.train.seed * 1009 + self.rank)
+            return
+        self.step = checkpoints.checkpoint_step(last)
+        load_optimizer_state(self.engine, last / "resume", num_steps=self.step, rank=self.rank)
+
+    # The loop
+
+    def fit(self) -> None:
+        """Train from the last checkpoint, or from the start, to the end."""
+        error: BaseException | None = None
+        try:
+            self.setup()
+            self._call("on_start")
+            if self.step == 0 and self.recipe.eval.at_start and self.recipe.eval.mode != "off":
+                self._checkpoint_untouched()
+            dataset = PackDataset(
+                self.rows,
+                self.index,
+                self.plan,
+                self.adapter,
+                rank=self.rank,
+                reduction=self.recipe.train.loss_reduction,
+                loss_chunk_tokens=self.recipe.train.loss_chunk_tokens,
+                picture_cache_bytes=self.recipe.data.picture_cache_bytes,
+            )
+            for batches in iterate_steps(dataset, first_step=self.step, num_workers=self.recipe.data.num_workers):
+                metrics = self._train_step(batches)
+                self.step += 1
+                self.epoch = self.step / self.plan.steps_per_epoch
+                if self.step % self.recipe.train.log_every == 0 or self.step == self.total_steps:
+                    self._call("on_step", metrics)
+                if self._checkpoint_due():
+                    self.save_checkpoint()
+            self._call("on_end")
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            for callback in self.callbacks:
+                callback.on_close(self, error)
+            if error is None:
+                end(self._accelerator)
+            if self._lock is not None:
+                self._lock.release()
+
+    def _train_step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """One optimiser step over this rank's micro-batches; gradients do not depend on how the batch is cut."""
+        started = time.perf_counter()
+        config = self.recipe.train
+        total_weight = step_weight(self.index, self.plan.step_samples(self.step).tolist(), config.loss_reduction)
+        rate = learning_rate(self.step, self.total_steps, config)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        loss_sum = correct = supervised = tokens = 0.0
+        for number, batch in enumerate(batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches))
+            on_device = batch.to(self.device, DTYPES[config.precision])
+            loss, num_correct, num_supervised = self.engine(on_device)
+            # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+            self.engine.backward(loss * (self.world_size / total_weight), scale_wrt_gas=False)
+            loss_sum, correct = loss_sum + loss.item(), correct + num_correct.item()
+            supervised, tokens = supervised + num_supervised.item(), tokens + len(batch.labels)
+        totals = sum_over_ranks([loss_sum, correct, supervised, tokens], self.device)
+        mean_loss = totals[0] / total_weight
+        self._check_finite(mean_loss, "loss", batches)
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        grad_norm = float("nan") if norm is None else float(norm)
+        self._check_finite(grad_norm, "gradient norm", batches)
+        seconds = time.perf_counter() - started
+        return {
+            "train/loss": mean_loss,
+            "train/token_accuracy": totals[1] / max(1.0, totals[2]),
+            "train/lr": rate,
+            "train/grad_norm": grad_norm,
+            "train/epoch": (self.step + 1) / self.plan.steps_per_epoch,
+            "train/tokens": totals[3],
+            "train/supervised_tokens": totals[2],
+            "train/step_seconds": seconds,
+            "train/tokens_per_second": totals[3] / seconds,
+            "train/supervised_tokens_per_second": totals[2] / seconds,
+            "train/samples_per_second": len(self.plan.step_samples(self.step)) / seconds,
+        }
+
+    def _check_finite(self, value: float, name: str, batches: Sequence[PackedBatch]) -> None:
+        if value == value and abs(value) != float("inf"):
+            return
+        rows = ", ".join(row for batch in batches for row in batch.row_ids if row != "dummy")
+        raise TrainingStopped(
+            f"the {name} of step {self.step + 1} is {value}; rank {self.rank} trained on rows {rows}. "
+            "The last checkpoint is whole; lower train.lr or look at these rows"
+        )
+
+    # Checkpoints
+
+    def _checkpoint_due(self) -> bool:
+        every = self.recipe.checkpoint.every_steps
+        if self.step == self.total_steps:
+            return True
+        if every is not None:
+            return self.step % every == 0
+        return int(self.step / self.plan.steps_per_epoch) > int((self.step - 1) / self.plan.steps_per_epoch)
+
+    def _checkpoint_untouched(self) -> None:
+        """`checkpoint-000000`: the base model under the run's preprocessing, for step 0's evaluation."""
+        final = self.run_dir / checkpoints.checkpoint_name(0)
+        if self.is_main and checkpoints.read_ready(final) is None:
+            aside = self.run_dir / checkpoints.aside_name(0)
+            shutil.rmtree(aside, ignore_errors=True)
+            link_untouched_model(self.base, aside / "model", self.adapter)
+            checkpoints.publish(aside, final, step=0)
+        self.barrier()
+        self._call("on_checkpoint", final, 0)
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint of the current step, mark it READY, tell the callbacks, retire old ones. All ranks call."""
+        final = self.run_dir / checkpoints.checkpoint_name(self.step)
+        aside = self.run_dir / checkpoints.aside_name(self.step)
+        if self.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / "resume").mkdir(parents=True)
+        self.barrier()
+        save_optimizer_state(self.engine, aside / "resume", rank=self.rank, world_size=self.world_size)
+        state = self._accelerator.get_state_dict(self.engine)
+        if self.is_main:
+            save_model(self.model, self.peft_model, self.adapter, aside / "model", state_dict=state)
+            resolved = resolved_json(self.recipe)
+            (aside / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
+            summary = {"step": self.step, "world_size": self.world_size, "recipe_hash": recipe_hash(self.recipe)}
+            (aside / "resume" / "state.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
+        self.barrier()
+        if self.is_main:
+            checkpoints.publish(aside, final, step=self.step)
+        self.barrier()
+        self._call("on_checkpoint", final, self.step)
+        if self.is_main:
+            checkpoints.retire(self.run_dir, keep_last=self.recipe.checkpoint.keep_last)
+        self.engine.train()
+
+    # Small services for callbacks
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def _call(self, moment: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, moment)(self, *args)

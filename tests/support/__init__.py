@@ -1,0 +1,1 @@
+"""What several tests share: a small dataset folder, tiny models, packed batches."""
