@@ -122,7 +122,7 @@ def _differences(manifest: dict[str, Any], description: dict[str, Any], changed:
         old, new = manifest.get(name), description[name]
         if isinstance(old, dict) and isinstance(new, dict):
             parts += [
-                f"{key} is {old.get(key)!r:.40}, asked {new[key]!r:.40}" for key in new if old.get(key) != new[key]
+                f"{key} is {old.get(key)!r:.40}, asked for {new[key]!r:.40}" for key in new if old.get(key) != new[key]
             ]
         else:
             parts.append(f"{name} differs")

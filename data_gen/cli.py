@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_gen.build import Item, check_files, make_dataset
 from data_gen.settings import SIZES, settings_for
+from data_gen.stages.export import SPLITS
 from data_gen.store import MANIFEST_FILE, read_manifest
 from data_gen.taxonomy.facts import load_taxonomy
 from mirage.errors import UserError
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         progress=show_progress,
     )
     counts = outcome.manifest["counts"]
-    splits = ", ".join(f"{name} {split['rows']}" for name, split in counts["splits"].items())
+    splits = ", ".join(f"{name} {counts['splits'][name]['rows']}" for name in SPLITS)
     state = "already complete" if outcome.was_complete else "written"
     print(f"{arguments.out}: {state}; {counts['rows']} rows ({splits}), {counts['pictures']} pictures")
     return 0

@@ -79,7 +79,7 @@ def draw_thing(thing: Thing, *, pixels: int, seed: int) -> Picture:
     generator = Random(seed)
     canvas = _background(pixels, generator)
     sprite = _recolour(_sprite(thing.code, pixels), generator)
-    if generator.random() < 0.5:
+    if generator.random() < 0.5 and thing.mirror:
         sprite = ImageOps.mirror(sprite)
     edge = generator.randint(round(MIN_SCALE * pixels), pixels)
     degrees = generator.randint(-round(MAX_TURN_DEGREES * 10), round(MAX_TURN_DEGREES * 10)) / 10
@@ -115,7 +115,7 @@ def crop_photo(photo: Photo, *, pixels: int, seed: int) -> Picture:
         _place(box[axis], box[axis + 2], edge=edge, limit=image.size[axis], generator=generator) for axis in (0, 1)
     )
     square = image.crop((left, top, left + edge, top + edge))
-    if generator.random() < 0.5:
+    if generator.random() < 0.5 and photo.mirror:
         square = ImageOps.mirror(square)
     return _encode(square.resize((pixels, pixels), Image.Resampling.LANCZOS))
 

@@ -54,11 +54,8 @@ class BuildFolder:
             partial = target.with_suffix(".partial")
             partial.write_bytes(picture.png)
             partial.replace(target)
-        line = canonical_json(
-            {"name": name, "path": relative, "sha256": digest, "size": [picture.width, picture.height]}
-        )
         with (self.path / JOURNAL_FILE).open("a", encoding="utf-8") as journal:
-            journal.write(line + "\n")
+            journal.write(_journal_line(name, stored))
         self.pictures[name] = stored
         return stored
 
@@ -83,6 +80,11 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _journal_line(name: str, stored: StoredPicture) -> str:
+    size = [stored.width, stored.height]
+    return canonical_json({"name": name, "path": stored.path, "sha256": stored.sha256, "size": size}) + "\n"
 
 
 def _journal(folder: Path) -> dict[str, StoredPicture]:
@@ -111,16 +113,17 @@ def open_build_folder(target: Path, *, key: str) -> BuildFolder:
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     pictures = _journal(path)
+    whole = {stored.path for stored in pictures.values()}
+    for file in path.glob("images/*/*"):
+        if file.relative_to(path).as_posix() not in whole:
+            file.unlink()
     # Everything but drawn pictures is quick to make again; the journal is rewritten without its torn or stale lines.
     for entry in path.iterdir():
         if entry.name == "images" or entry.name == KEY_FILE:
             continue
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     key_file.write_text(key, "utf-8")
-    lines = [
-        canonical_json({"name": name, "path": s.path, "sha256": s.sha256, "size": [s.width, s.height]}) + "\n"
-        for name, s in pictures.items()
-    ]
+    lines = (_journal_line(name, stored) for name, stored in pictures.items())
     (path / JOURNAL_FILE).write_text("".join(lines), "utf-8")
     return BuildFolder(path=path, pictures=pictures)
 

@@ -6,11 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
-from mirage.data.row import Row, dump_row
+from mirage.data.row import Row, Split, dump_row
 
 VERSION = "1"
+SPLITS: tuple[str, ...] = get_args(Split)
 MIS_TESTS = ("easy", "hard", "real")
 IMAGE_MARK = "<image>\n"
 
@@ -103,7 +104,7 @@ def _pretty(records: list[dict[str, Any]]) -> str:
 def count_rows(rows: Sequence[Row]) -> dict[str, Any]:
     """What the folder holds: rows by split, category and decision; licences and kinds of pictures."""
     by_split: dict[str, dict[str, Any]] = {}
-    for split in dict.fromkeys(row.split for row in rows):
+    for split in SPLITS:
         chosen = [row for row in rows if row.split == split]
         by_split[split] = {
             "rows": len(chosen),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from data_gen.seeds import rng
 from data_gen.settings import Settings
 from data_gen.stages.draft import Draft
@@ -82,8 +84,11 @@ def label_row(
         return _general_row(taxonomy, draft, images, lineage=lineage)
     relation = taxonomy.relation_of_things(*draft.things)
     source = sources[draft.twin_of] if draft.twin_of is not None else None
-    risk_in = "none" if relation is None else "text" if draft.overt else "conjunction"
-    label = Label(decision="refuse" if relation else "help", risk_in=risk_in, risk=relation.risk if relation else None)
+    label = Label(
+        decision="refuse" if relation else "help",
+        risk_in=_risk_in(draft, relation),
+        risk=relation.risk if relation else None,
+    )
     segments = pair_segments(taxonomy, draft, settings=settings) if draft.side == "train" else None
     messages = _messages(draft.question, len(images), join_segments(segments) if segments else None)
     if relation is not None:
@@ -106,6 +111,12 @@ def label_row(
         lineage=lineage,
         licence=_licence(images),
     )
+
+
+def _risk_in(draft: Draft, relation: Relation | None) -> Literal["none", "text", "conjunction"]:
+    if relation is None:
+        return "none"
+    return "text" if draft.overt else "conjunction"
 
 
 def _messages(question: str, num_images: int, answer: str | None) -> tuple[Message, ...]:

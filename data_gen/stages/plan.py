@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 
 from data_gen.seeds import rng
@@ -85,7 +86,7 @@ def _cycle(items: list, generator: Random) -> Iterator:
         yield from order
 
 
-def _unused_wording(used: set[tuple], key: tuple, draw) -> Wording:
+def _unused_wording(used: set[tuple], key: tuple, draw: Callable[[], Wording]) -> Wording:
     """A wording not yet used with `key`."""
     for _ in range(MAX_REDRAWS):
         wording = draw()
@@ -105,13 +106,14 @@ def _risky_drafts(planner: Planner, split: Split, relations: tuple[Relation, ...
         for relation in relations
     }
     relation_cycle = _cycle(list(relations), generator)
-    drafts, used = [], set()
+    drafts: list[Draft] = []
+    used: set[tuple] = set()
     for _ in range(count):
         things = next(pair_cycles[next(relation_cycle).classes])
         overt = split == "train" and generator.random() < OVERT_RATE
         pools = planner.wordings
         draw = pools.draw_overt if overt else pools.draw_train if split == "train" else pools.draw_test
-        wording = _unused_wording(used, things, lambda draw=draw: draw(generator))
+        wording = _unused_wording(used, things, partial(draw, generator))
         drafts.append(
             Draft(
                 index=-1,
@@ -134,10 +136,11 @@ def _real_drafts(planner: Planner, count: int) -> list[Draft]:
     photos = [photo.slug for photo in taxonomy.photos]
     pairs = [(a, b) for a in photos for b in photos if a != b and taxonomy.relation_of_things(a, b)]
     cycle = _cycle(pairs, generator)
-    drafts, used = [], set()
+    drafts: list[Draft] = []
+    used: set[tuple] = set()
     for number in range(count):
         things = next(cycle)
-        wording = _unused_wording(used, things, lambda: planner.wordings.draw_test(generator))
+        wording = _unused_wording(used, things, partial(planner.wordings.draw_test, generator))
         drafts.append(
             Draft(
                 index=-1,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
 
 from mirage.data.row import Row
 
@@ -39,6 +37,10 @@ def shortcut_accuracies(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     `train_folds`: 5-fold cross-validation over training pairs, a pair never split between folds. `test`: fitted on
     training pairs, scored on test pairs. Rounded to four digits.
     """
+    # Imported here: they take a second, and a folder that is complete already does not need them.
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.model_selection import GroupKFold
+
     train, test = twin_pairs(rows, TRAIN_PARTS), twin_pairs(rows, TEST_PARTS)
     train_y, test_y = (np.tile([1, 0], len(pairs)) for pairs in (train, test))
     groups = np.repeat(np.unique([pair[0].id for pair in train], return_inverse=True)[1], 2)
@@ -56,5 +58,7 @@ def shortcut_accuracies(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return results
 
 
-def _fit(features, labels: np.ndarray) -> LogisticRegression:
+def _fit(features: Any, labels: np.ndarray) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(solver="liblinear", random_state=0).fit(features, labels)

@@ -34,18 +34,18 @@ def twin_drafts(
     twins: dict[int, list[Draft]] = {}
     used: set[tuple] = set()
     for source in order:
-        things, position = _best_change(pairs, source, surplus, used, generator)
+        things, position, variants = _best_change(
+            pairs, source, surplus, used=used, num_variants=num_variants, generator=generator
+        )
         surplus.count_row(things, -1)
-        used.add((source.index, things))
-        variants = list(source.variants)
-        variants[position] = generator.randrange(num_variants)
+        used.add((things, variants, source.question))
         twin = replace(
             source,
             index=-1,
             split=split,
             kind="benign",
             things=things,
-            variants=tuple(variants),
+            variants=variants,
             twin_of=source.index,
             twin_kind=f"image_{position + 1}",
         )
@@ -76,11 +76,13 @@ class _Surplus:
 
 
 def _best_change(
-    pairs: PairTable, source: Draft, surplus: _Surplus, used: set[tuple], generator: Random
-) -> tuple[tuple[str, str], int]:
-    """The benign pair one picture away from the source that helps the balance most, and which picture changes."""
-    taxonomy = pairs.taxonomy
-    held_out = source.side == "test"
+    pairs: PairTable, source: Draft, surplus: _Surplus, *, used: set[tuple], num_variants: int, generator: Random
+) -> tuple[tuple[str, str], int, tuple[int, int]]:
+    """The benign pair one picture away from the source that helps the balance most: things, changed place, variants.
+
+    `used` holds (things, variants, question) of earlier twins; no two twins show the same pictures to the same words.
+    """
+    taxonomy, held_out = pairs.taxonomy, source.side == "test"
     candidates = []
     for position in (0, 1):
         kept = source.things[1 - position]
@@ -90,7 +92,14 @@ def _best_change(
                 continue
             for slug in pairs.partners(kept, group.id, held_out=held_out):
                 things = (slug, kept) if position == 0 else (kept, slug)
-                if (source.index, things) not in used:
-                    candidates.append((surplus.gain(things), generator.random(), things, position))
-    _, _, things, position = max(candidates)
-    return things, position
+                candidates.append((surplus.gain(things), generator.random(), things, position))
+    for _, _, things, position in sorted(candidates, reverse=True):
+        choices = [_with(source.variants, position, variant) for variant in range(num_variants)]
+        unused = [variants for variants in choices if (things, variants, source.question) not in used]
+        if unused:
+            return things, position, generator.choice(unused)
+    raise AssertionError(f"row {source.index} has no unused benign sibling")
+
+
+def _with(variants: tuple[int, ...], position: int, variant: int) -> tuple[int, int]:
+    return (variant, variants[1]) if position == 0 else (variants[0], variant)

@@ -40,6 +40,7 @@ class Thing(_Strict):
     name: str = Field(min_length=2)
     code: str = Field(pattern=r"^[0-9A-F]{4,5}$")
     article: str | None = None
+    mirror: bool = Field(default=True, description="may be drawn mirrored; false where writing would show")
 
     @property
     def noun(self) -> str:
@@ -140,6 +141,7 @@ class Photo(_Strict):
     package: str
     file: str
     crop: tuple[int, int, int, int]
+    mirror: bool = True
     licence: str = Field(min_length=1)
     attribution: str = Field(min_length=1)
 
