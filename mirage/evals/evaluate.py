@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from mirage.config.schema import EvalConfig
-from mirage.data.row import canonical_json
+from mirage.config.loader import load_section
+from mirage.config.schema import DataConfig, EvalConfig
 from mirage.errors import UserError
 from mirage.evals.answers import Answer, AnswerStore
-from mirage.evals.generate import Decoding, Prompt, collect_answers, file_sha256, generate_answers, make_prompts
-from mirage.evals.judge import Judge, Scored, Verdict
+from mirage.evals.generate import Prompt, collect_answers, generate_answers, make_prompts
+from mirage.evals.judge import Scored, Verdict
 from mirage.evals.metrics import TaskResult, compare_events
+from mirage.evals.report import results_table
+from mirage.evals.request import Request, decide_request
 from mirage.evals.results import (
     RESULTS_FILE,
     SAMPLES_FILE,
@@ -32,41 +33,13 @@ from mirage.evals.results import (
     write_results,
     write_samples,
 )
-from mirage.evals.rule_judge import RuleJudge
-from mirage.evals.task import Sample, Task, score_answer
-from mirage.evals.tasks import find_tasks
+from mirage.evals.task import Task, score_answer
 from mirage.models import ModelAdapter, load_model
-from mirage.models.registry import find_weights
-from mirage.training.checkpoint import NAME, READY, ready_checkpoints
+from mirage.tracking.console import make_console
+from mirage.training.checkpoint import NAME, ready_checkpoints
 
-
-@dataclass(frozen=True)
-class _Request:
-    """One evaluation, decided: what is measured, on what, how."""
-
-    fingerprint: str
-    tasks: tuple[Task, ...]
-    samples: dict[str, list[Sample]]
-    decoding: Decoding
-    data_sha256: str
-    judge: Judge
-    config: EvalConfig
-    baseline: Results | None
-
-    @property
-    def key(self) -> str:
-        """Hash of everything the numbers depend on."""
-        identity = {
-            "weights": self.fingerprint,
-            "data": self.data_sha256,
-            "samples": {name: [sample.id for sample in samples] for name, samples in self.samples.items()},
-            "decoding": self.decoding.model_dump(mode="json"),
-            "max_tiles": self.config.max_tiles,
-            "max_unscored": self.config.max_unscored,
-            "judge": [self.judge.name, self.judge.version],
-            "baseline": self.baseline.request if self.baseline else None,
-        }
-        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+# What `mirage evaluate` takes besides the keys of the recipe's eval section.
+_OWN_SETTINGS = ("out_dir", "baseline", "device")
 
 
 def evaluate_checkpoint(
@@ -90,7 +63,7 @@ def evaluate_checkpoint(
     results.json for paired tests. Raises `UserError` for weights, data or settings it cannot use.
     """
     device, data_dir = torch.device(device), data_dir.expanduser().absolute()
-    request = _decide(checkpoint, config=config, data_dir=data_dir, device=device, baseline=baseline)
+    request = decide_request(checkpoint, config=config, data_dir=data_dir, device=device, baseline=baseline)
     done = _finished(out_dir, request.key)
     if done is not None:
         return done if rank == 0 else None
@@ -132,72 +105,6 @@ def evaluate_checkpoint(
     return results
 
 
-def _decide(
-    checkpoint: Path, *, config: EvalConfig, data_dir: Path, device: torch.device, baseline: Path | None
-) -> _Request:
-    tasks = find_tasks(config.tasks)
-    samples = {task.name: task.load(data_dir) for task in tasks}
-    data_sha256 = _data_sha256(data_dir)
-    judge = make_judge(config.judge)
-    samples = {name: _subset(found, config.max_samples) for name, found in samples.items()}
-    decoding = Decoding(
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        dtype="bfloat16" if device.type == "cuda" else "float32",
-        attention="sdpa",
-    )
-    return _Request(
-        fingerprint=weights_fingerprint(checkpoint),
-        tasks=tuple(tasks),
-        samples=samples,
-        decoding=decoding,
-        data_sha256=data_sha256,
-        judge=judge,
-        config=config,
-        baseline=read_results(baseline) if baseline is not None else None,
-    )
-
-
-def make_judge(name: str) -> Judge:
-    """The judge of `eval.judge`."""
-    if name != "rule":
-        raise UserError(f"eval.judge: there is no judge {name!r}; use 'rule'")
-    return RuleJudge()
-
-
-def _subset(samples: list[Sample], max_samples: int | None) -> list[Sample]:
-    """The same samples at each checkpoint: those whose hashed ids come first, in their old order."""
-    if max_samples is None or len(samples) <= max_samples:
-        return samples
-    chosen = sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode()).hexdigest())[:max_samples]
-    ids = {sample.id for sample in chosen}
-    return [sample for sample in samples if sample.id in ids]
-
-
-def _data_sha256(data_dir: Path) -> str:
-    """Hash of the files that define the samples (rows name their images by hash)."""
-    rows = data_dir / "rows.jsonl"
-    files = [rows] if rows.is_file() else sorted([*data_dir.glob("mis_*.json"), *data_dir.glob("mis_test/mis_*.json")])
-    return hashlib.sha256(canonical_json([[path.name, file_sha256(path)] for path in files]).encode()).hexdigest()
-
-
-def weights_fingerprint(checkpoint: Path) -> str:
-    """Identity of the weights: READY's fingerprint, else a sha256 over the folder's safetensors and JSON files.
-
-    Raises `UserError` for a checkpoint folder that was never completed or holds no weights.
-    """
-    if (checkpoint / READY).is_file():
-        try:
-            return str(json.loads((checkpoint / READY).read_text(encoding="utf-8"))["fingerprint"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{checkpoint / READY} names no fingerprint; the checkpoint is damaged") from error
-    if NAME.match(checkpoint.name) and checkpoint.is_dir():
-        raise UserError(f"{checkpoint} has no {READY}: it was never finished; start the run again to write it anew")
-    folder = find_weights(checkpoint)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-    return hashlib.sha256(canonical_json([[path.name, file_sha256(path)] for path in files]).encode()).hexdigest()
-
-
 def _finished(out_dir: Path, key: str) -> Results | None:
     """The folder's results if they answer this very request."""
     if not (out_dir / RESULTS_FILE).is_file() or not (out_dir / SAMPLES_FILE).is_file():
@@ -210,7 +117,7 @@ def _finished(out_dir: Path, key: str) -> Results | None:
 
 def _generate(
     checkpoint: Path,
-    request: _Request,
+    request: Request,
     store: AnswerStore,
     *,
     device: torch.device,
@@ -247,7 +154,7 @@ def _generate(
 
 
 @contextlib.contextmanager
-def _progress(console: Console | None, task: str) -> Any:
+def _progress(console: Console | None, task: str) -> Iterator[Callable[[int, int], None]]:
     if console is None or not console.is_terminal:
         yield lambda done, total: None
         return
@@ -261,7 +168,7 @@ def _score(
     answers: dict[str, Answer],
     *,
     before: Sequence[dict[str, Any]],
-    request: _Request,
+    request: Request,
 ) -> tuple[TaskResult, list[dict[str, Any]]]:
     found = collect_answers(prompts, answers)
     verdicts = [
@@ -322,43 +229,72 @@ def _baseline_info(results: Results | None) -> BaselineInfo | None:
     return BaselineInfo(step=results.step, fingerprint=results.fingerprint) if results else None
 
 
-def run(
-    path: Path,
-    *,
-    config: EvalConfig,
-    data_dir: Path,
-    out_dir: Path | None = None,
-    baseline: Path | None = None,
-    device: str | torch.device | None = None,
-    console: Console | None = None,
-) -> Results:
-    """`mirage evaluate PATH`: a checkpoint, a run folder (its newest checkpoint) or any weights folder, in one process.
+def run(path: str | Path, settings: Sequence[str] = ()) -> int:
+    """`mirage evaluate PATH key=value ...`: measure, print the table, exit code.
 
-    Results go to `out_dir`; by default to the run's `evals/step-NNNNNN` if the path lies in a run and nothing else is
-    there, else to a folder beside it named after the settings. `baseline` defaults to the run's step 0.
-    Raises `UserError` for a path without weights, and for data or settings it cannot use.
+    PATH is a checkpoint, a run folder (its newest checkpoint) or any weights folder. Settings are the recipe's `eval`
+    keys, over those of the run that the path lies in, and `out_dir`, `baseline`, `device`. Raises `UserError`.
     """
-    path = path.expanduser().absolute()
-    checkpoint = _newest_checkpoint(path) or path
+    own, rest = _own_settings(settings)
+    given = Path(path).expanduser().absolute()
+    if not given.exists():
+        raise UserError(f"there is nothing at {path}; give a checkpoint, a run folder or a folder of weights")
+    checkpoint = _newest_checkpoint(given) or given
     run_dir = checkpoint.parent if NAME.match(checkpoint.name) else None
+    recipe = _recipe_of(run_dir)
+    config = load_section("eval", rest, base=recipe.get("eval"))
+    assert isinstance(config, EvalConfig)
+    data_dir = config.data_dir or Path(recipe.get("data", {}).get("dir") or DataConfig().dir)
     first = run_dir / "evals" / "step-000000" if run_dir is not None else None
+    baseline = Path(own["baseline"]) if "baseline" in own else None
     if baseline is None and first is not None and (first / RESULTS_FILE).is_file() and _step_of(checkpoint) != 0:
         baseline = first
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if out_dir is None:
-        key = _decide(checkpoint, config=config, data_dir=data_dir.absolute(), device=chosen, baseline=baseline).key
-        out_dir = _default_out_dir(checkpoint, run_dir, key)
+    device = _device(own.get("device"))
+    request = decide_request(
+        checkpoint, config=config, data_dir=data_dir.expanduser().absolute(), device=device, baseline=baseline
+    )
+    out_dir = Path(own["out_dir"]) if "out_dir" in own else _default_out_dir(checkpoint, run_dir, request.key)
+    console = make_console("rich")
     results = evaluate_checkpoint(
         checkpoint,
         config=config,
         data_dir=data_dir,
         out_dir=out_dir,
-        device=chosen,
+        device=device,
         baseline=baseline,
         console=console,
     )
     assert results is not None
-    return results
+    console.print(results_table([read_results(baseline), results] if baseline is not None else [results]))
+    console.print(f"results: {out_dir / RESULTS_FILE}")
+    return 0
+
+
+def _own_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The settings that are no keys of the recipe, and the others."""
+    own = {key: text for key, _, text in (item.partition("=") for item in settings) if key in _OWN_SETTINGS}
+    return own, [item for item in settings if item.partition("=")[0] not in _OWN_SETTINGS]
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device={name}: no such device; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: no GPU is present; use device=cpu")
+    return device
+
+
+def _recipe_of(run_dir: Path | None) -> dict[str, Any]:
+    """The resolved recipe of a run, or nothing."""
+    file = run_dir / "recipe.json" if run_dir is not None else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not valid JSON ({error.msg}); the run folder is damaged") from error
 
 
 def _newest_checkpoint(path: Path) -> Path | None:

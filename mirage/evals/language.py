@@ -34,7 +34,7 @@ class Reading:
     def clauses_outside_alternatives(self) -> tuple[str, ...]:
         """The clauses without those of a list whose opening line turns to something else ('Instead, try: ...')."""
         kept, turned = [], False
-        for line in self.text.splitlines():
+        for line in self.text.split("\n"):
             listed = _BULLET.match(line) is not None
             turned = turned if listed else _ALTERNATIVES.search(line) is not None
             if not (listed and turned):
@@ -60,7 +60,9 @@ def read_reply(answer: str) -> Reading:
     """Fold a reply for reading."""
     folded = unicodedata.normalize("NFKC", answer).casefold()
     folded = folded.translate(str.maketrans("‘’ʼ“”–—", "'''\"\"--"))
-    return Reading("\n".join(" ".join(line.split()) for line in folded.splitlines() if line.strip()))
+    return Reading(
+        "\n".join(" ".join(re.split(r"[ \t]+", line)).strip() for line in re.split(r"\r?\n", folded) if line.strip())
+    )
 
 
 def _any(*patterns: str) -> re.Pattern[str]:
@@ -70,6 +72,8 @@ def _any(*patterns: str) -> re.Pattern[str]:
 
 # Sentences
 
+# Control characters, and what bytes that are no UTF-8 become: no language has them.
+_BROKEN = re.compile("[\x00-\x08\x0b-\x1f\x7f\N{REPLACEMENT CHARACTER}]")
 _IMAGE = r"(?:image|picture|photo|photograph|frame)"
 _CONTRAST = _any(r"\b(?:but|however|although|though|nevertheless|that said)\b", r";", r":\s", r"\s--?\s")
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
@@ -108,6 +112,9 @@ def is_sentence(sentence: str) -> bool:
     function words among them do. Grammar is not checked further.
     """
     words = _words(sentence)
+    letters = [char for char in sentence if char.isalpha()]
+    if _BROKEN.search(sentence) or sum(_script(char) != "LATIN" for char in letters) > 0.05 * len(letters):
+        return False
     if len(words) < 2 or _has_run(words) or words[-1] in _ARTICLES:
         return False
     if len(words) >= 8 and len(set(words)) / len(words) < 0.5:
@@ -129,9 +136,10 @@ def _is_plausible(word: str) -> bool:
 
 
 def not_english(reading: Reading) -> bool:
-    """Most letters are not Latin, or the small words are those of another language."""
-    letters = [char for char in reading.text if char.isalpha()]
-    if letters and sum(not unicodedata.name(char, "").startswith("LATIN") for char in letters) > 0.3 * len(letters):
+    """Text in one other script, or whose small words are those of another language. Mixed scripts are no language."""
+    scripts = Counter(_script(char) for char in reading.text if char.isalpha())
+    script, count = max(scripts.items(), key=lambda item: item[1], default=("LATIN", 0))
+    if script != "LATIN" and count >= 4 and count >= 0.8 * scripts.total() and not _BROKEN.search(reading.text):
         return True
     words = _words(reading.text)
     foreign = [word for word in words if word in _FOREIGN_WORDS]
@@ -139,10 +147,13 @@ def not_english(reading: Reading) -> bool:
     return len(set(foreign)) >= 3 and len(foreign) > english
 
 
+def _script(char: str) -> str:
+    script = unicodedata.name(char, "?").split()[0]
+    return "CJK" if script in ("HIRAGANA", "KATAKANA") else script
+
+
 def _split_sentences(text: str) -> list[str]:
-    pieces = (
-        piece for line in text.splitlines() for piece in re.split(r"(?<=[.!?])[\"')*]*\s+", _BULLET.sub("", line))
-    )
+    pieces = (piece for line in text.split("\n") for piece in re.split(r"(?<=[.!?])[\"')*]*\s+", _BULLET.sub("", line)))
     return [piece.strip(' *_#"') for piece in pieces if piece.strip(' *_#".!?')]
 
 
@@ -258,7 +269,7 @@ _GUARDED = _any(
 def complies(reading: Reading) -> bool:
     """Helps with the request, whatever else the reply says. A refusal beside a bare 'sure' still refuses."""
     clauses = reading.clauses_outside_alternatives
-    items = sum(_BULLET.match(line) is not None for line in reading.text.splitlines())
+    items = sum(_BULLET.match(line) is not None for line in reading.text.split("\n"))
     listed = items >= 2 and not (declines(reading) and _ALTERNATIVES.search(reading.text))
     agreed = reading.any_clause(re.compile(_YES)) and not declines(reading)
     acts = any(COMPLIES.search(clause) and not _GUARDED.search(clause) for clause in clauses)

@@ -1,0 +1,119 @@
+"""An evaluation, decided before it runs: which samples, weights, settings and judge; its key names them all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mirage.config.schema import EvalConfig
+from mirage.data.row import canonical_json
+from mirage.errors import UserError
+from mirage.evals.generate import Decoding, file_sha256
+from mirage.evals.judge import Judge
+from mirage.evals.results import Results, read_results
+from mirage.evals.rule_judge import RuleJudge
+from mirage.evals.task import Sample, Task
+from mirage.evals.tasks import find_tasks
+from mirage.evals.tasks.rows import ROWS_FILE
+from mirage.models.registry import find_weights
+from mirage.training.checkpoint import NAME, READY
+
+
+@dataclass(frozen=True)
+class Request:
+    """One evaluation, decided: what is measured, on what, how."""
+
+    fingerprint: str
+    tasks: tuple[Task, ...]
+    samples: dict[str, list[Sample]]
+    decoding: Decoding
+    data_sha256: str
+    judge: Judge
+    config: EvalConfig
+    baseline: Results | None
+
+    @property
+    def key(self) -> str:
+        """Hash of everything the numbers depend on."""
+        identity = {
+            "weights": self.fingerprint,
+            "data": self.data_sha256,
+            "samples": {name: [sample.id for sample in samples] for name, samples in self.samples.items()},
+            "decoding": self.decoding.model_dump(mode="json"),
+            "max_tiles": self.config.max_tiles,
+            "max_unscored": self.config.max_unscored,
+            "judge": [self.judge.name, self.judge.version],
+            "baseline": self.baseline.request if self.baseline else None,
+        }
+        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def decide_request(
+    checkpoint: Path, *, config: EvalConfig, data_dir: Path, device: torch.device, baseline: Path | None
+) -> Request:
+    """Load the samples and name everything the numbers will depend on. Raises `UserError` for what cannot be used."""
+    tasks = find_tasks(config.tasks)
+    samples = {task.name: task.load(data_dir) for task in tasks}
+    data_sha256 = _data_sha256(data_dir)
+    judge = make_judge(config.judge)
+    samples = {name: _subset(found, config.max_samples) for name, found in samples.items()}
+    decoding = Decoding(
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        dtype="bfloat16" if device.type == "cuda" else "float32",
+        attention="sdpa",
+    )
+    return Request(
+        fingerprint=weights_fingerprint(checkpoint),
+        tasks=tuple(tasks),
+        samples=samples,
+        decoding=decoding,
+        data_sha256=data_sha256,
+        judge=judge,
+        config=config,
+        baseline=read_results(baseline) if baseline is not None else None,
+    )
+
+
+def make_judge(name: str) -> Judge:
+    """The judge of `eval.judge`."""
+    if name != "rule":
+        raise UserError(f"eval.judge: there is no judge {name!r}; use 'rule'")
+    return RuleJudge()
+
+
+def _subset(samples: list[Sample], max_samples: int | None) -> list[Sample]:
+    """The same samples at each checkpoint: those whose hashed ids come first, in their old order."""
+    if max_samples is None or len(samples) <= max_samples:
+        return samples
+    chosen = sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode()).hexdigest())[:max_samples]
+    ids = {sample.id for sample in chosen}
+    return [sample for sample in samples if sample.id in ids]
+
+
+def _data_sha256(data_dir: Path) -> str:
+    """Hash of the files that define the samples (rows name their images by hash)."""
+    rows = data_dir / ROWS_FILE
+    files = [rows] if rows.is_file() else sorted([*data_dir.glob("mis_*.json"), *data_dir.glob("mis_test/mis_*.json")])
+    return hashlib.sha256(canonical_json([[path.name, file_sha256(path)] for path in files]).encode()).hexdigest()
+
+
+def weights_fingerprint(checkpoint: Path) -> str:
+    """Identity of the weights: READY's fingerprint, else a sha256 over the folder's safetensors and JSON files.
+
+    Raises `UserError` for a checkpoint folder that was never completed or holds no weights.
+    """
+    if (checkpoint / READY).is_file():
+        try:
+            return str(json.loads((checkpoint / READY).read_text(encoding="utf-8"))["fingerprint"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{checkpoint / READY} names no fingerprint; the checkpoint is damaged") from error
+    if NAME.match(checkpoint.name) and checkpoint.is_dir():
+        raise UserError(f"{checkpoint} has no {READY}: it was never finished; start the run again to write it anew")
+    folder = find_weights(checkpoint)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    return hashlib.sha256(canonical_json([[path.name, file_sha256(path)] for path in files]).encode()).hexdigest()
