@@ -336,8 +336,9 @@ def _published_job(src: Path) -> _Job:
     for entry in keys.entries:
         if len({source.info[names[native]].dtype for native in entry.natives}) > 1:
             raise UserError(f"{src}: {', '.join(entry.natives)} differ in type; they become one tensor")
-    dtype = str(DTYPES[source.info[names["language_model.model.norm.weight"]].dtype]).removeprefix("torch.")
-    published = published | {"torch_dtype": dtype}
+    if not stored.exists():
+        dtype = DTYPES[source.info[names["language_model.model.norm.weight"]].dtype]
+        published["torch_dtype"] = str(dtype).removeprefix("torch.")
 
     def write_files(folder: Path) -> None:
         _write_published_files(src, folder, published)
@@ -514,8 +515,7 @@ def _write_published_files(src: Path, folder: Path, published: Mapping[str, Any]
         for name in (*TOKENIZER_FILES, "preprocessor_config.json", "generation_config.json"):
             if (src / name).exists():
                 shutil.copyfile(src / name, folder / name)
-    stored = read_json(originals / "config.json") if (originals / "config.json").exists() else None
-    if stored != published:
+    if not (originals / "config.json").exists():
         write_synced(folder / "config.json", json.dumps(published, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
     if (src / SPEC_FILE).exists():
         shutil.copyfile(src / SPEC_FILE, folder / SPEC_FILE)

@@ -5,6 +5,9 @@ between them to sentencepiece as a text of its own. `build_fast_tokenizer` write
 refuses to return one whose ids differ from sentencepiece's on probes made of the model's own vocabulary. A model with a
 character map (InternLM2's has none) can still differ where a combining mark follows a mapped character: `tokenizers`
 maps whole graphemes.
+
+One difference is meant: where the published files rename a piece (InternLM2's `[UNUSED_TOKEN_145]` is `<|im_end|>`),
+the old spelling inside a text is plain text here. Upstream makes it the control token, which user text must not do.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ from transformers import PreTrainedTokenizerFast
 from mirage.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
+# Upstream `conversation.py`, template internvl2_5.
+DEFAULT_SYSTEM_PROMPT = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
 SPACE = "\u2581"
 PROBE_PIECES = 48
 # The trainer's and the pieces' enumerations of sentencepiece_model.proto.
@@ -115,11 +122,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` so that transformers 4 and 5 load them.
 
     transformers 5 names its own class and lists extra tokens, which 4 (inside vLLM releases) does not read; the older
-    spelling is read by both.
+    spelling is read by both. A tokenizer of a class of its own (Qwen2's) is saved as it is.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = _read_object(path)
+    if config.get("tokenizer_class") not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return
     named = config.pop("model_specific_special_tokens", None) or {}
     extras = config.pop("extra_special_tokens", None) or []
     for name in [*named, "is_local", "local_files_only"]:
@@ -188,7 +197,8 @@ def build_fast_tokenizer(model: Any, tokens: Sequence[SpecialToken]) -> Tokenize
     if trainer.treat_whitespace_as_suffix or any(piece.type == UNUSED for piece in model.pieces):
         raise UserError(f"{MODEL_FILE}: suffix spaces or unused pieces have no counterpart in a fast tokenizer")
     contents = {token.content for token in tokens}
-    symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED and piece.piece not in contents]
+    hidden = contents | renamed_pieces(model, tokens)
+    symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED and piece.piece not in hidden]
     rewrites = spec.add_dummy_prefix or spec.remove_extra_whitespaces or bool(spec.precompiled_charsmap)
     isolate = bool(symbols) and rewrites
     tokenizer = Tokenizer(_fast_model(model, tokens, ignore_merges=isolate))
@@ -208,6 +218,12 @@ def build_fast_tokenizer(model: Any, tokens: Sequence[SpecialToken]) -> Tokenize
     return tokenizer
 
 
+def renamed_pieces(model: Any, tokens: Sequence[SpecialToken]) -> set[str]:
+    """Spellings in the sentencepiece model whose id an added token of another spelling has taken."""
+    contents = {token.id: token.content for token in tokens}
+    return {piece.piece for index, piece in enumerate(model.pieces) if contents.get(index, piece.piece) != piece.piece}
+
+
 def _fast_model(model: Any, tokens: Sequence[SpecialToken], *, ignore_merges: bool) -> BPE | Unigram:
     """Vocabulary and merges. An added token at a piece's id takes the piece's place, as it does when ids are read."""
     spellings = {index: piece.piece for index, piece in enumerate(model.pieces)}
@@ -222,7 +238,7 @@ def _fast_model(model: Any, tokens: Sequence[SpecialToken], *, ignore_merges: bo
         return Unigram(vocabulary, unk_id=model.trainer_spec.unk_id, byte_fallback=byte_fallback)
     return BPE(
         {content: index for index, content in sorted(spellings.items())},
-        _merges(model),
+        _merges(model, without=renamed_pieces(model, tokens)),
         unk_token=spellings.get(model.trainer_spec.unk_id, unk_piece),
         fuse_unk=True,
         byte_fallback=byte_fallback,
@@ -230,13 +246,12 @@ def _fast_model(model: Any, tokens: Sequence[SpecialToken], *, ignore_merges: bo
     )
 
 
-def _merges(model: Any) -> list[tuple[str, str]]:
+def _merges(model: Any, *, without: set[str]) -> list[tuple[str, str]]:
     """Pairs in the order in which sentencepiece joins them: the joined piece's score, best first.
 
     sentencepiece joins any two neighbours whose union is in the vocabulary, so each way to cut a piece is a merge.
     """
-    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
-    # A lone character outside the vocabulary is a symbol too, until byte fallback takes it apart.
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL and piece.piece not in without}
     merges = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
@@ -303,7 +318,9 @@ def probe_texts(model: Any, tokens: Sequence[SpecialToken]) -> Iterator[str]:
     yield from (" " * count + "x" for count in range(1, 70))
     for index, token in enumerate(tokens):
         yield f"{token.content}a {token.content} b{token.content}\n{tokens[index - 1].content}{token.content} "
-    spellings = [piece.piece.replace(SPACE, " ") for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)]
+    renamed = renamed_pieces(model, tokens)
+    pieces = [piece for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED) and piece.piece not in renamed]
+    spellings = [piece.piece.replace(SPACE, " ") for piece in pieces]
     for start in range(0, len(spellings), PROBE_PIECES):
         yield "".join(spellings[start : start + PROBE_PIECES])
         # A stride that is coprime to most sizes puts pieces beside other neighbours.
@@ -330,8 +347,6 @@ def chat_template(
     `image_mark` is what a processor expands: `<IMG_CONTEXT>` for transformers' native class, `<image>` for the
     published one. Source: upstream `conversation.py` (template internvl2_5) and `preprocess_internvl2_5`.
     """
-    from mirage.models.internvl import DEFAULT_SYSTEM_PROMPT
-
     system = DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt
     opening = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
     numbering = "'Image-' ~ ns.image ~ ': '" if number_images else "''"

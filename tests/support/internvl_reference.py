@@ -69,7 +69,10 @@ def vision_hidden(tensors: Tensors, config: Mapping[str, Any], pixels: torch.Ten
     """InternViT: [T, 3, S, S] -> hidden states [T, 1 + P, H] of the selected layer."""
     name, eps = "vision_model.embeddings.", config["layer_norm_eps"]
     patches = F.conv2d(
-        pixels, tensors[name + "patch_embedding.weight"], tensors[name + "patch_embedding.bias"], stride=config["patch_size"]
+        pixels,
+        tensors[name + "patch_embedding.weight"],
+        tensors[name + "patch_embedding.bias"],
+        stride=config["patch_size"],
     )
     patches = patches.flatten(2).transpose(1, 2)
     x = torch.cat((tensors[name + "class_embedding"].expand(len(pixels), 1, -1), patches), dim=1)
@@ -77,7 +80,11 @@ def vision_hidden(tensors: Tensors, config: Mapping[str, Any], pixels: torch.Ten
     states = [x]
     for layer in range(config["num_hidden_layers"]):
         name = f"vision_model.encoder.layers.{layer}."
-        x = x + vision_attention(tensors, config, name, norm(tensors, config, name + "norm1", x, eps)) * tensors[name + "ls1"]
+        x = (
+            x
+            + vision_attention(tensors, config, name, norm(tensors, config, name + "norm1", x, eps))
+            * tensors[name + "ls1"]
+        )
         y = norm(tensors, config, name + "norm2", x, eps)
         y = F.gelu(F.linear(y, tensors[name + "mlp.fc1.weight"], tensors[name + "mlp.fc1.bias"]))
         x = x + F.linear(y, tensors[name + "mlp.fc2.weight"], tensors[name + "mlp.fc2.bias"]) * tensors[name + "ls2"]

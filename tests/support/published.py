@@ -15,7 +15,9 @@ from mirage.models.internvl_config import native_config
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "internvl2_5_upstream"
 
 
-def small_config(*, llm: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
+def small_config(
+    *, llm: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
+) -> dict[str, Any]:
     """The reference config with some fields changed."""
     config = json.loads((FIXTURES / "model" / "config.json").read_text())
     config["llm_config"].update(llm or {})
@@ -23,7 +25,9 @@ def small_config(*, llm: dict[str, Any] | None = None, vision: dict[str, Any] | 
     return config | top
 
 
-def write_published(folder: Path, config: dict[str, Any], *, num_shards: int = 1, dtype: torch.dtype = torch.float32) -> None:
+def write_published(
+    folder: Path, config: dict[str, Any], *, num_shards: int = 1, dtype: torch.dtype = torch.float32
+) -> None:
     """Write config and random weights. Scales are large enough for every part to matter in the logits."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
