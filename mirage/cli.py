@@ -38,13 +38,15 @@ def evaluate(args: list[str]) -> int:
 def plan(args: list[str]) -> int:
     """Print what a recipe needs: parameters, steps, memory a GPU, work; nothing is loaded."""
     from mirage.config.loader import load_recipe
-    from mirage.training.plan import parse_memory, print_plan
 
     gpus, rest = _take(args, "gpus")
     memory, rest = _take(rest, "gpu_memory")
     if gpus is not None and not (gpus.isascii() and gpus.isdigit() and int(gpus) > 0):
         raise UserError(f"gpus={gpus}: must be a whole number > 0")
     recipe = load_recipe([arg for arg in rest if arg != "--dry-run"])
+    # Only now: a mistake in the recipe is told in half a second, the libraries take several.
+    from mirage.training.plan import parse_memory, print_plan
+
     print_plan(
         recipe,
         world_size=int(gpus) if gpus is not None else None,

@@ -155,7 +155,10 @@ def nearest_key(path: Sequence[str | int]) -> str | None:
         moved = edit_distance(last, candidate_last) + (0.0 if candidate_parent == parent else 0.5)
         return min(edit_distance(key, candidate.lower()), moved)
 
-    best = min(candidates, key=lambda candidate: (cost(candidate), edit_distance(key, candidate.lower())))
+    # A bare word tells nothing of its section: the first key of the schema that fits it is meant.
+    best = min(
+        candidates, key=lambda candidate: (cost(candidate), edit_distance(key, candidate.lower()) if parent else 0)
+    )
     limit = max(1.5, _MAX_DISTANCE_SHARE * len(last))
     return _with_indices(best, indices) if cost(best) <= limit else None
 

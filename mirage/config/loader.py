@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,7 +261,8 @@ def _value(build: _Build, node: Node, annotation: Any, path: KeyPath, file: str)
     if not isinstance(node.value, Scalar):
         return build.refuse(where, path, f"must be {_described(path)}, found {_shown(node)}")
     try:
-        return parse_scalar(node.value, annotation)
+        wanted = _described(path) if isinstance(path[-1], str) else None
+        return parse_scalar(node.value, annotation, wanted=wanted)
     except ValueError as error:
         return build.refuse(where, path, str(error))
 
@@ -428,15 +430,19 @@ def _add_validation_problems(build: _Build, error: ValidationError, *, prefix: K
     for item in error.errors(include_url=False):
         path: KeyPath = (*prefix, *item["loc"])
         if not any(path[: len(refused)] == refused for refused in build.refused):
-            build.problems.append(Problem(_origin(build, path), _plain_message(item, path)))
+            message = _plain_message(item, path)
+            build.problems.append(Problem(_origin(build, path, message), message))
 
 
 def _add_unknown_problems(build: _Build) -> None:
     build.problems += [Problem(where, _unknown_message(path, build)) for where, path in build.unknown]
 
 
-def _origin(build: _Build, path: KeyPath) -> str:
-    return build.origins.get(path, join(path))
+def _origin(build: _Build, path: KeyPath, message: str) -> str:
+    """Where `path` was given. A rule between keys names them: an override among those is the likely cause."""
+    named = [split(word) for word in re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", message)]
+    overrides = [build.origins[key] for key in named if key in build.origins and "=" in build.origins[key]]
+    return " ".join(overrides) if overrides else build.origins.get(path, join(path))
 
 
 def _plain_message(item: Any, path: KeyPath) -> str:

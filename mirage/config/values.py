@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -59,27 +60,29 @@ def fixed_length(annotation: Any) -> int | None:
     return None if len(arguments) == 2 and arguments[1] is Ellipsis else len(arguments)
 
 
-def parse_scalar(scalar: Scalar, annotation: Any) -> Any:
+def parse_scalar(scalar: Scalar, annotation: Any, *, wanted: str | None = None) -> Any:
     """The value of `scalar` for a field of type `annotation` (no list, no section).
 
-    Raises `ValueError` with the end of a sentence that begins with the key: "must be ...".
+    Raises `ValueError` with the end of a sentence that begins with the key: "must be ...". `wanted` says what the
+    field takes, in place of the type alone.
     """
     kind, optional = strip_optional(annotation)
+    wanted = wanted or describe_type(annotation)
     if scalar.is_null:
         if optional:
             return None
-        raise ValueError(f"must be {describe_type(annotation)}; it cannot be null")
+        raise ValueError(f"must be {wanted}; it cannot be null")
     if optional and not scalar.quoted and scalar.text.lower() == "none":
         raise ValueError("write null for no value" + (', or "none" in quotes for the word' if kind is str else ""))
     if get_origin(kind) is Literal:
-        return _parse_choice(scalar.text, kind)
-    parser = {bool: _parse_bool, int: _parse_int, float: _parse_float, str: str, Path: _parse_path}.get(kind)
+        return _parse_choice(scalar.text, kind, wanted)
+    parser = _PARSERS.get(kind)
     if parser is None:
         raise TypeError(f"the recipe schema uses a type that the loader does not know: {annotation!r}")
     try:
         return parser(scalar.text)
     except ValueError:
-        raise ValueError(f"must be {describe_type(annotation)}, found {scalar.text!r}") from None
+        raise ValueError(f"must be {wanted}, found {scalar.text!r}") from None
 
 
 def _parse_bool(text: str) -> bool:
@@ -107,11 +110,20 @@ def _parse_path(text: str) -> Path:
     return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
-def _parse_choice(text: str, kind: Any) -> Any:
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    bool: _parse_bool,
+    int: _parse_int,
+    float: _parse_float,
+    str: str,
+    Path: _parse_path,
+}
+
+
+def _parse_choice(text: str, kind: Any, wanted: str) -> Any:
     for choice in get_args(kind):
         if str(choice) == text:
             return choice
-    raise ValueError(f"must be {describe_type(kind)}, found {text!r}")
+    raise ValueError(f"must be {wanted}, found {text!r}")
 
 
 def describe_type(annotation: Any) -> str:

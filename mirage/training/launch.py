@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import socket
+import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,8 +295,12 @@ def configure_libraries(environ: MutableMapping[str, str], *, has_gpu: bool) -> 
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not has_gpu:
         environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed calls collectives by names that torch is about to retire: hundreds of lines, none of them the user's.
+    warnings.filterwarnings("ignore", message=r".*is deprecated\. Please use `torch\.distributed", category=FutureWarning)
     import deepspeed.ops
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     if not has_gpu:
         # Its shared-memory collectives are compiled at first use (about a minute); gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -154,6 +154,7 @@ def model_config(recipe: Recipe) -> tuple[Any, str]:
 
 
 def _local_config(model: ModelConfig, family: str) -> Any | None:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folder = Path(model.path).expanduser() if model.path else None
@@ -176,7 +177,11 @@ def _local_config(model: ModelConfig, family: str) -> Any | None:
         return native_config(published, image_token_id=0, tied=tied, where=file)
     if model_type != family:
         raise UserError(f"{file}: model_type is {model_type!r}, but model.family={family}")
-    return AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{file}: transformers cannot read it: {reason}") from None
 
 
 class _Vocabulary:
@@ -234,11 +239,12 @@ def parameter_counts(config: Any, adapter: ModelAdapter, model: ModelConfig) -> 
     if model.lora is not None:
         modules = dict(network.named_modules())
         for name in adapter.lora_target_names(modules, model.lora.targets):
-            linear = modules[name]
+            weight = modules[name].weight
             group = next(g for g in model.lora.targets if any(name.startswith(p) for p in adapter.groups[g]))
-            # A: [rank, in], B: [out, rank] (LoRA, arXiv:2106.09685, section 4.1).
-            adapters[group] = adapters.get(group, 0) + model.lora.rank * (linear.in_features + linear.out_features)
-            largest = max(largest, model.lora.rank * max(linear.in_features, linear.out_features))
+            # A: [rank, in], B: [out, rank] (LoRA, arXiv:2106.09685, section 4.1); of a convolution, A has its kernel.
+            size_in, size_out = weight.numel() // weight.shape[0], weight.shape[0]
+            adapters[group] = adapters.get(group, 0) + model.lora.rank * (size_in + size_out)
+            largest = max(largest, model.lora.rank * max(size_in, size_out))
     return ParameterCounts(total, trained, adapters, copies, largest)
 
 

@@ -105,11 +105,11 @@ def _paper_mixture(recipe: Recipe, adapter: ModelAdapter, missing: Path) -> Plan
     columns = columns or [(PAPER_TEXT_TOKENS + image_tokens, image_tokens, PAPER_SUPERVISED_TOKENS, 1.0)]
     splits = ", ".join(source.split for source in recipe.data.sources if source.split not in PAPER_ROWS)
     unknown = f"; it has no {splits}" if splits else ""
-    source = (
+    note = (
         f"{missing} is not there (`make datagen` writes it): the paper's counts instead, {PAPER_IMAGES} pictures of "
         f"{width} x {height} and about {PAPER_TEXT_TOKENS} text tokens a row{unknown}"
     )
-    return PlannedMixture(_index(columns), np.full(len(columns), PAPER_IMAGES), source, False)
+    return PlannedMixture(_index(columns), np.full(len(columns), PAPER_IMAGES), note, False)
 
 
 def _index(columns: list[tuple[int, int, int, float]]) -> LengthIndex:
