@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ from tests.support.published import FIXTURES, small_config, write_published
 
 IMAGE_TOKEN_ID = 500
 MODEL = FIXTURES / "model"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small lose time to threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +174,7 @@ def test_dynamic_rope_beyond_the_limit(native: Path, length: int) -> None:
 def test_dynamic_rope_forgets_longer_sequences(native: Path) -> None:
     model = load_plain(native)
     ids = torch.randint(10, 490, (LIMIT * 5 // 2,), generator=torch.Generator().manual_seed(0))
-    lengths = [LIMIT * 3 // 2, LIMIT, 100]
+    lengths = [LIMIT * 3 // 2, LIMIT]
     fresh = [rope_logits(load_plain(native), ids[:length]) for length in lengths]
     rope_logits(model, ids)
     # transformers, like the original, keeps the longest sequence's base: this is what must not happen in training.
