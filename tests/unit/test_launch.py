@@ -107,6 +107,11 @@ def test_only_what_somebody_wrote_counts(repo_root: Path) -> None:
     assert launch.value("mixed_precision") == "bf16" and launch.value("use_deepspeed") is True
 
 
+def test_switches_count_when_they_are_set() -> None:
+    launch = find_launch([[*ACCELERATE, "--cpu", "x.py"]])
+    assert launch is not None and launch.settings == {"cpu": Setting(True, "--cpu")}
+
+
 def test_auto_in_a_config_file_is_no_statement(tmp_path: Path) -> None:
     config = tmp_path / "a.yaml"
     config.write_text(

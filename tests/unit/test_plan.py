@@ -215,7 +215,7 @@ def test_work_is_what_pytorch_counts(settings: tuple[str, ...]) -> None:
     counts, shape = parameter_counts(config, adapter, recipe.model), model_shape(config, adapter)
     model = FAMILIES["internvl"][1]._from_config(config, attn_implementation="eager")
     model = select_trainable(model, adapter, recipe.model, base="x", seed=0) or model
-    text, images = 120, 2
+    text, images = 600, 2
     ids = torch.tensor([[config.image_token_id] * (images * 4) + [50] * text])
     pixels = torch.randn(images, 3, 56, 56)
     model.train()
@@ -233,7 +233,7 @@ def test_work_is_what_pytorch_counts(settings: tuple[str, ...]) -> None:
     )
     # Eager attention computes the masked half as well, which the plan does not count.
     masked_half = 2 * shape.hidden_size * num_tokens**2 * shape.num_layers * 3
-    assert work.total + masked_half == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert work.total + masked_half == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_recomputation_costs_a_forward_pass() -> None:
