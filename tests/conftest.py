@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.dataset import write_dataset
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before any test module imports a library that reads them.
@@ -34,3 +36,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dataset folder of coloured shapes, every split present."""
+    return write_dataset(tmp_path_factory.mktemp("shapes") / "data")
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str, Path]:
+    """Folders of small untrained models, by family."""
+    from tests.support.models import build
+
+    root = tmp_path_factory.mktemp("tiny")
+    return {"internvl": build(root / "internvl", "internvl", shapes), "qwen2_vl": build(root / "qwen", "qwen2_vl", shapes)}

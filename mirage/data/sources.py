@@ -79,11 +79,20 @@ def _rows_with_location(folder: Path, splits: Sequence[str] | None) -> Iterator[
 
 
 def _parse_row(line: str, location: str) -> Row:
+    return _validate_row(_parse_line(line, location), location)
+
+
+def _parse_line(line: str, location: str) -> Any:
     try:
-        return Row.model_validate(json.loads(line))
+        return json.loads(line)
     except json.JSONDecodeError as error:
         kind = "the line ends too early" if not line.endswith("\n") else error.msg
         raise UserError(f"{location}: not valid JSON ({kind}); restore the line or write the dataset again") from error
+
+
+def _validate_row(record: Any, location: str) -> Row:
+    try:
+        return Row.model_validate(record)
     except ValidationError as error:
         raise UserError(f"{location}: {explain(error)}") from error
 
@@ -160,12 +169,13 @@ def _read_folder(folder: Path, source: SourceConfig) -> Iterator[SourcedRow | Us
         for number, line in enumerate(lines, start=1):
             location = f"{path}:{number}"
             try:
-                row = _parse_row(line, location)
+                record = _parse_line(line, location)
+                # Rows of other splits are not validated: a mixture reads the file once for each of its parts.
+                if not isinstance(record, dict) or record.get("split") in (source.split, None):
+                    row = _validate_row(record, location)
+                    yield SourcedRow(row, folder, location, source.split, source.weight)
             except UserError as error:
                 yield error
-                continue
-            if row.split == source.split:
-                yield SourcedRow(row, folder, location, source.split, source.weight)
 
 
 def _read_conversations(path: Path, source: SourceConfig) -> Iterator[SourcedRow | UserError]:
