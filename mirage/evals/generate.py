@@ -60,7 +60,7 @@ def make_prompts(
 
 
 def _make_prompt(adapter: ModelAdapter, sample: Sample, identity: list[Any]) -> Prompt:
-    sizes = [_picture_size(path, sample=sample) for path in sample.image_paths]
+    sizes = [picture_size(path, sample=sample) for path in sample.image_paths]
     image_tokens = [adapter.num_image_tokens(width, height, num_images=len(sizes)) for width, height in sizes]
     rendered = adapter.render(sample.messages, image_tokens, generation=True)
     known = sample.image_sha256 or (None,) * len(sizes)
@@ -100,19 +100,34 @@ def generate_answers(
     """
     have = store.read()
     mine = plan_batches(prompts, batch_size=decoding.batch_size)[rank::world_size]
-    model.generation_config = _greedy(adapter, decoding)
     for done, batch in enumerate(mine, start=1):
         missing = [prompt.key for prompt in batch if prompt.key not in have]
         if missing:
-            answers = generate_batch(model, adapter, batch, device=device)
+            answers = generate_batch(model, adapter, batch, decoding=decoding, device=device)
             fresh = {answer.key: answer for answer in answers if answer.key in missing}
             store.append(fresh.values())
             have |= fresh
         on_batch(done, len(mine))
 
 
-def _greedy(adapter: ModelAdapter, decoding: Decoding) -> GenerationConfig:
+@torch.inference_mode()
+def generate_batch(
+    model: Any, adapter: ModelAdapter, batch: Sequence[Prompt], *, decoding: Decoding, device: torch.device
+) -> list[Answer]:
+    """Greedy answers of one batch, in its order.
+
+    Prompts are padded on the left with an attention mask [B, L]; the model must run SDPA or eager attention, because
+    packed-row attention takes no mask.
+    """
+    inputs = _batch_inputs(model, adapter, batch, device=device)
+    length = inputs["input_ids"].shape[1]
     # Replaces the checkpoint's own generation_config.json, whose penalties or temperatures would be merged in.
+    model.generation_config = _greedy(adapter, decoding)
+    output = model.generate(**inputs)[:, length:].tolist()
+    return [_answer(adapter, prompt, ids) for prompt, ids in zip(batch, output, strict=True)]
+
+
+def _greedy(adapter: ModelAdapter, decoding: Decoding) -> GenerationConfig:
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -121,19 +136,6 @@ def _greedy(adapter: ModelAdapter, decoding: Decoding) -> GenerationConfig:
         pad_token_id=adapter.pad_id,
         use_cache=True,
     )
-
-
-@torch.inference_mode()
-def generate_batch(model: Any, adapter: ModelAdapter, batch: Sequence[Prompt], *, device: torch.device) -> list[Answer]:
-    """Greedy answers of one batch, in its order, by the model's own `generation_config`.
-
-    Prompts are padded on the left with an attention mask [B, L]; the model must run SDPA or eager attention, because
-    packed-row attention takes no mask.
-    """
-    inputs = _batch_inputs(model, adapter, batch, device=device)
-    length = inputs["input_ids"].shape[1]
-    output = model.generate(**inputs)[:, length:].tolist()
-    return [_answer(adapter, prompt, ids) for prompt, ids in zip(batch, output, strict=True)]
 
 
 def _batch_inputs(
@@ -170,7 +172,8 @@ def _open_rgb(sample: Sample, index: int) -> Image.Image:
     return open_picture(path)
 
 
-def _picture_size(path: Path, *, sample: Sample) -> tuple[int, int]:
+def picture_size(path: Path, *, sample: Sample) -> tuple[int, int]:
+    """(width, height) in pixels of the upright picture, from its header. Raises `UserError` for a file that is none."""
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _QUARTER_TURNS

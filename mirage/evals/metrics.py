@@ -89,8 +89,9 @@ def make_rate(count: int, n: int, *, num_unscored: int = 0) -> Rate:
         count=count,
         n=n,
         percent=100 * count / n,
-        ci_low=100 * float(low),
-        ci_high=100 * float(high),
+        # Exact at the ends, where the formula leaves a rounding error.
+        ci_low=100 * float(low) if count else 0.0,
+        ci_high=100 * float(high) if count < n else 100.0,
         bound_low=bounds[0],
         bound_high=bounds[1],
     )
