@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from mirage.evals.results import (
 from mirage.evals.task import Task, score_answer
 from mirage.models import ModelAdapter, load_model
 from mirage.tracking.console import make_console
-from mirage.training.checkpoint import NAME, ready_checkpoints
+from mirage.training.checkpoint import LEASE_SUFFIX, NAME, ready_checkpoints
 
 # What `mirage evaluate` takes besides the keys of the recipe's eval section.
 _OWN_SETTINGS = ("out_dir", "baseline", "device")
@@ -255,15 +256,16 @@ def run(path: str | Path, settings: Sequence[str] = ()) -> int:
     )
     out_dir = Path(own["out_dir"]) if "out_dir" in own else _default_out_dir(checkpoint, run_dir, request.key)
     console = make_console("rich")
-    results = evaluate_checkpoint(
-        checkpoint,
-        config=config,
-        data_dir=data_dir,
-        out_dir=out_dir,
-        device=device,
-        baseline=baseline,
-        console=console,
-    )
+    with _lease(checkpoint):
+        results = evaluate_checkpoint(
+            checkpoint,
+            config=config,
+            data_dir=data_dir,
+            out_dir=out_dir,
+            device=device,
+            baseline=baseline,
+            console=console,
+        )
     assert results is not None
     console.print(results_table([read_results(baseline), results] if baseline is not None else [results]))
     console.print(f"results: {out_dir / RESULTS_FILE}")
@@ -295,6 +297,20 @@ def _recipe_of(run_dir: Path | None) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: not valid JSON ({error.msg}); the run folder is damaged") from error
+
+
+@contextlib.contextmanager
+def _lease(checkpoint: Path) -> Iterator[None]:
+    """Keep a run that is still training from removing the checkpoint meanwhile."""
+    if not NAME.match(checkpoint.name):
+        yield
+        return
+    lease = checkpoint / f"evaluate-{os.getpid()}{LEASE_SUFFIX}"
+    lease.touch()
+    try:
+        yield
+    finally:
+        lease.unlink(missing_ok=True)
 
 
 def _newest_checkpoint(path: Path) -> Path | None:

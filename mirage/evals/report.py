@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from mirage.errors import UserError
@@ -50,13 +51,22 @@ def _ends(results: Sequence[Results]) -> list[Results]:
 
 
 def results_table(results: Sequence[Results]) -> Table:
-    """Evaluations side by side, oldest first; differences are the last one's against its own baseline."""
+    """Evaluations side by side, oldest first; differences are the last one's against its own baseline.
+
+    Two evaluations fit into 80 columns: a task's name and n stand on a line above its metrics.
+    """
     sheet = _sheet(results)
-    table = Table(title="evaluation", caption="\n".join(sheet.notes), caption_justify="left", title_justify="left")
-    for position, name in enumerate(sheet.header):
-        table.add_column(name, justify="left" if position < 2 else "right", no_wrap=True)
-    for row in sheet.rows:
-        table.add_row(*row, end_section=row is sheet.rows[-1])
+    table = Table(title="evaluation", caption="\n".join(sheet.notes), box=box.SIMPLE_HEAD, pad_edge=False)
+    table.collapse_padding, table.title_justify, table.caption_justify = True, "left", "left"
+    table.add_column("%", no_wrap=True)
+    for name in sheet.header[3:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = ""
+    for task, metric, judged, *cells in sheet.rows:
+        if task != shown:
+            table.add_row(f"{task} (n {judged})", style="bold")
+            shown = task
+        table.add_row(f"  {metric}", *cells)
     return table
 
 

@@ -23,7 +23,7 @@ from mirage.evals.report import category_markdown, summary_markdown, summary_tab
 from mirage.evals.request import weights_fingerprint
 from mirage.evals.results import Results, read_results, read_samples
 from mirage.models.tiny import build_tiny
-from mirage.training.checkpoint import publish
+from mirage.training.checkpoint import leases, publish
 from tests.support.dataset import write_dataset
 
 TINY = TinyConfig(
@@ -300,6 +300,21 @@ def test_the_command_takes_the_runs_newest_checkpoint_and_its_settings(
             run(path, settings)
 
 
+def test_the_command_holds_a_lease_on_the_checkpoint(
+    run_dir: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[list[Path]] = []
+
+    def look(*args: object, **kwargs: object) -> None:
+        held.append(leases(run_dir / "checkpoint-000000"))
+        raise UserError("enough")
+
+    monkeypatch.setattr(evaluate_module, "evaluate_checkpoint", look)
+    with pytest.raises(UserError, match="enough"):
+        run(run_dir / "checkpoint-000000", [f"data_dir={data}", "device=cpu"])
+    assert len(held[0]) == 1 and leases(run_dir / "checkpoint-000000") == []
+
+
 def test_the_report_compares_the_first_and_the_last_evaluation(
     trainer: Any, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,8 +324,9 @@ def test_the_report_compares_the_first_and_the_last_evaluation(
     text = summary_markdown(run_dir)
     assert "| step 0 | step 20 | change | p |" in text
     assert "| mis_hard | asr ↓ |" in text and "Judge rule-v1" in text
-    Console(width=150).print(summary_table(run_dir))
+    Console(width=80).print(summary_table(run_dir))
     printed = capsys.readouterr().out
-    assert "step 20" in printed and "accuracy" in printed
+    assert "step 20" in printed and "  accuracy" in printed and "mis_hard (n " in printed
+    assert "…" not in printed  # nothing is cut off in a terminal of 80 columns
     categories = category_markdown(read_results(results_dir(run_dir, 20)), "mis_hard")
     assert "| Violent | 2 |" in categories and "Weapon-Related Violence | 2 |" in categories
