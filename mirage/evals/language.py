@@ -96,6 +96,9 @@ _NO_NOUN = _FUNCTION_WORDS - {"both", "then", "no", "not", "i"} | frozenset(
     """.split()  # noqa: SIM905
 )
 _ARTICLES = ("the", "a", "an")
+_LINKS = frozenset(
+    (*_ARTICLES, "of", "to", "in", "on", "at", "by", "for", "with", "your", "my", "their", "its", "from")
+)
 _SUBJECTS = ("i", "we", "you", "it", "they", "this", "that", "there", "i'm", "we're", "it's", "that's", "there's")
 # Small words of Spanish, French, German, Italian and Portuguese that are no English words.
 _FOREIGN_WORDS = frozenset(
@@ -108,8 +111,8 @@ _FOREIGN_WORDS = frozenset(
 def is_sentence(sentence: str) -> bool:
     """English prose of two or more words: spelt like words, articles before nouns, no word over and over.
 
-    A verb of the list makes a sentence with a subject pronoun or any other word; without one, four words with some
-    function words among them do. Grammar is not checked further.
+    A verb of the list makes a sentence with a subject pronoun or any other word; without one, four words with an
+    article or preposition among them do. Grammar is not checked further.
     """
     words = _words(sentence)
     letters = [char for char in sentence if char.isalpha()]
@@ -127,8 +130,9 @@ def is_sentence(sentence: str) -> bool:
     if any(word in _VERBS for word in words):
         return bool(content) or words[0] in _SUBJECTS
     function_share = sum(word in _FUNCTION_WORDS for word in words) / len(words)
+    linked = any(word in _LINKS for word in words[:-1])
     labelled = re.match(rf"{_IMAGE}[ -]?\d:", sentence) is not None
-    return labelled or (len(words) >= 4 and 0.1 <= function_share <= 0.7)
+    return labelled or (len(words) >= 4 and 0.2 <= function_share <= 0.7 and linked)
 
 
 def _is_plausible(word: str) -> bool:
@@ -277,10 +281,10 @@ def complies(reading: Reading) -> bool:
 
 
 def declines(reading: Reading) -> bool:
-    """Refuses the request; an apology for not seeing the pictures is no refusal."""
+    """Refuses the request. An apology alone refuses only if it is all that is said, and not for unseen pictures."""
     if reading.any_clause(DECLINES):
         return True
-    return reading.any_clause(APOLOGISES) and not is_blind(reading)
+    return len(reading.sentences) == 1 and reading.any_clause(APOLOGISES) and not is_blind(reading)
 
 
 def redirects(reading: Reading) -> bool:

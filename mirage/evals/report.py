@@ -146,9 +146,8 @@ def _notes(results: Results) -> list[str]:
     for task, result in results.tasks.items():
         if result.invalid_reason:
             notes.append(f"{task} is invalid: {result.invalid_reason}. ( ) bounds count them all one way or the other.")
-        if result.num_truncated:
-            notes.append(
-                f"{task}: {result.num_truncated} answers were cut at {results.decoding.max_new_tokens} tokens."
-            )
+    cut = [f"{task} {result.num_truncated}" for task, result in results.tasks.items() if result.num_truncated]
+    if cut:
+        notes.append(f"Answers cut at {results.decoding.max_new_tokens} tokens: {', '.join(cut)}.")
     notes.append(f"Judge {results.judge.name}-v{results.judge.version}. {results.judge.notice}")
     return notes
