@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# The launcher puts this file's own folder at the head of the path, where `data` or `models` would shadow other packages.
+# The launcher puts this file's folder at the head of the path, where `data` or `models` would shadow other packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from mirage.config.loader import load_recipe  # noqa: E402

@@ -50,4 +50,7 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict
     from tests.support.models import build
 
     root = tmp_path_factory.mktemp("tiny")
-    return {"internvl": build(root / "internvl", "internvl", shapes), "qwen2_vl": build(root / "qwen", "qwen2_vl", shapes)}
+    return {
+        "internvl": build(root / "internvl", "internvl", shapes),
+        "qwen2_vl": build(root / "qwen", "qwen2_vl", shapes),
+    }

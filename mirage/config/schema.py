@@ -38,8 +38,8 @@ class TinyConfig(_Section):
     """Standard deviation of the language model's initial weights (0.02 never learns to look at this size)."""
     vision_init_std: float = Field(default=0.06, gt=0)
     """Standard deviation of the vision tower's initial weights."""
-    warmup_steps: int = Field(default=500, ge=0)
-    """Steps in which the vision tower learns to tell the training pictures' concepts apart before step 0; 0 for none."""
+    warmup_steps: int = Field(default=450, ge=0)
+    """Steps in which the vision tower learns to tell the training pictures apart before step 0; 0 for none."""
     warmup_lr: float = Field(default=3e-3, gt=0)
     """Learning rate of that vision warm-up."""
 
@@ -73,7 +73,7 @@ class ModelConfig(_Section):
     trust_remote_code: bool = False
     """Run code that comes with the weights. Off; MIRage needs none for its own families."""
     train: tuple[ModuleGroup, ...] = ("projector", "language")
-    """Module groups trained in full (with `lora`: beside the adapters, saved with them). Paper: projector + language."""
+    """Module groups trained in full (with `lora`: beside the adapters, and saved with them). Paper: both of these."""
     lora: LoraConfig | None = None
     """Low-rank adapters instead of full training of their target groups."""
 
@@ -83,7 +83,9 @@ class ModelConfig(_Section):
             raise ValueError("give either model.path or model.tiny, not both")
         if self.lora is not None and set(self.lora.targets) & set(self.train):
             both = ", ".join(sorted(set(self.lora.targets) & set(self.train)))
-            raise ValueError(f"model.lora.targets and model.train both name {both}; a group is trained in full or by adapter")
+            raise ValueError(
+                f"model.lora.targets and model.train both name {both}; a group is trained in full or by adapter"
+            )
         if self.lora is None and not self.train:
             raise ValueError("nothing would be trained: model.train is empty and model.lora is null")
         return self
@@ -203,7 +205,9 @@ class TrainConfig(_Section):
     def _bf16_is_sharded(self) -> TrainConfig:
         # DeepSpeed 0.19's bf16 optimiser without ZeRO steps AdamW once on zeros when it is built, and sums in bf16.
         if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("train.zero_stage=0 needs train.precision=fp32; in bf16 take stage 1, the same on one process")
+            raise ValueError(
+                "train.zero_stage=0 needs train.precision=fp32; in bf16 take stage 1, the same on one process"
+            )
         return self
 
 
@@ -213,7 +217,7 @@ class CheckpointConfig(_Section):
     every_steps: int | None = Field(default=None, gt=0)
     """Steps between checkpoints; null writes one an epoch. The last step is always written."""
     keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints kept whole; older ones lose their resume state, then their weights unless best or leased."""
+    """Newest checkpoints kept; older ones are removed unless an evaluation holds them. Step 0's stays."""
 
 
 class EvalConfig(_Section):

@@ -47,7 +47,9 @@ def render_text(entry: SourcedRow, adapter: ModelAdapter) -> RenderedText:
     except UserError as error:
         raise UserError(f"{entry.location}: row {entry.row.id}: {error}") from error
     if rendered.num_supervised_tokens == 0:
-        raise UserError(f"{entry.location}: row {entry.row.id} has no assistant text to learn; every turn is a question")
+        raise UserError(
+            f"{entry.location}: row {entry.row.id} has no assistant text to learn; every turn is a question"
+        )
     return rendered
 
 

@@ -145,8 +145,8 @@ class Row(_Strict):
         used = [part.index for message in self.messages for part in message.content if isinstance(part, ImagePart)]
         if sorted(used) != list(range(len(self.images))):
             raise ValueError(
-                f"the messages hold {len(used)} image marks (indices {used}) and the row has {len(self.images)} images; "
-                "each image must be marked once"
+                f"the messages hold {len(used)} image marks (indices {used}), the row has {len(self.images)} images; "
+                "mark each image once"
             )
         return self
 

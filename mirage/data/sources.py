@@ -215,7 +215,9 @@ def _conversation_row(record: Any, file: Path, location: str, source: SourceConf
     names = record.get("image", record.get("images", []))
     names = [names] if isinstance(names, str) else list(names)
     images = tuple(_image_ref(file.parent, name, location) for name in names)
-    messages = conversation_messages(record["conversations"], location=location, images_first=source.format == "mis_train")
+    messages = conversation_messages(
+        record["conversations"], location=location, images_first=source.format == "mis_train"
+    )
     try:
         row = Row(
             id=row_id(images, messages, split="train"),
@@ -241,7 +243,9 @@ def conversation_messages(conversations: Sequence[Any], *, location: str, images
     for turn in conversations:
         role, value = ROLES.get(str(turn.get("from"))), turn.get("value")
         if role is None or not isinstance(value, str):
-            raise UserError(f"{location}: a turn must have 'from' (human, gpt or system) and a text 'value', found {turn!r:.80}")
+            raise UserError(
+                f"{location}: a turn must have 'from' (human, gpt or system) and a text 'value', found {turn!r:.80}"
+            )
         parts: list[Part] = []
         if images_first and role == "user":
             opening = re.match(rf"(?:{IMAGE_MARK}\s*)+", value)
@@ -292,7 +296,9 @@ def _image_problem(entry: SourcedRow) -> UserError | None:
             with Image.open(path) as opened:
                 size = opened.size
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            return UserError(f"{entry.location}: row {entry.row.id}: image {path} cannot be read ({error}); restore the file")
+            return UserError(
+                f"{entry.location}: row {entry.row.id}: image {path} cannot be read ({error}); restore the file"
+            )
         if size != (image.width, image.height):
             return UserError(
                 f"{entry.location}: row {entry.row.id}: image {path} has {size[0]} x {size[1]} pixels, "

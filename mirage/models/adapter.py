@@ -75,7 +75,7 @@ class RenderedText:
 
 @dataclass(frozen=True)
 class Segment:
-    """One piece of a rendered chat, and whether the model learns to write it. Begins at a special token or an answer."""
+    """A piece of a rendered chat, and whether the model learns to write it. Begins at a special token or an answer."""
 
     text: str
     supervised: bool
@@ -111,7 +111,9 @@ class ModelAdapter(ABC):
     # Text
 
     @abstractmethod
-    def chat_segments(self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool) -> list[Segment]:
+    def chat_segments(
+        self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool
+    ) -> list[Segment]:
         """The conversation as text pieces with placeholders expanded; `generation` opens the assistant's turn."""
 
     def encode(self, text: str) -> list[int]:
@@ -123,7 +125,9 @@ class ModelAdapter(ABC):
         """Ids before every conversation (BOS where the family has one)."""
         return []
 
-    def render(self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool = False) -> RenderedText:
+    def render(
+        self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool = False
+    ) -> RenderedText:
         """Ids and labels of a conversation. The one function that training and evaluation both call.
 
         `image_tokens[i]` is the token count of the row's image i. With `generation`, the messages end with a user

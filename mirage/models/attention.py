@@ -32,7 +32,9 @@ def choose_attention(requested: str, *, device_type: str) -> tuple[str, str]:
     if requested in ("flash_attention_2", "flash_attention_3"):
         present = flash if requested == "flash_attention_2" else flash3
         if device_type != "cuda" or not present:
-            missing = "no GPU is present" if device_type != "cuda" else "its package is not installed (pip install .[gpu])"
+            missing = (
+                "no GPU is present" if device_type != "cuda" else "its package is not installed (pip install .[gpu])"
+            )
             raise UserError(f"model.attention={requested} cannot run: {missing}. Use model.attention=auto")
         return requested, "asked for"
     if requested == "eager":
@@ -60,7 +62,9 @@ def _padded_index(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]
     return source, torch.cat(target)
 
 
-def _segment_lengths(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> list[int]:
+def _segment_lengths(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
+) -> list[int]:
     """Lengths of the samples in a packed row; one length when the call is not a packed row."""
     length = query.shape[2]
     whole = [length]

@@ -66,9 +66,9 @@ def cut_tiles(image: Image.Image, *, max_tiles: int, tile_size: int, thumbnail: 
     tiles = [canvas.crop((x, y, x + tile_size, y + tile_size)) for x, y in boxes]
     if thumbnail and len(tiles) > 1:
         tiles.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
-    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2).float() / 255
-    mean, std = torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), torch.tensor(IMAGE_STD).view(1, 3, 1, 1)
-    return (pixels - mean) / std
+    pixels = np.stack([np.asarray(tile) for tile in tiles]).astype(np.float32) / np.float32(255)
+    pixels = (pixels - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
 class InternVLAdapter(ModelAdapter):
@@ -128,7 +128,9 @@ class InternVLAdapter(ModelAdapter):
         # Asked of the tokenizer's own pipeline: transformers 5 does not keep `add_bos_token` over saving and loading.
         return list(self.tokenizer("")["input_ids"])
 
-    def chat_segments(self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool) -> list[Segment]:
+    def chat_segments(
+        self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool
+    ) -> list[Segment]:
         check_image_marks(messages, image_tokens)
         turns = list(messages)
         system = self.spec.system_prompt if self.spec.system_prompt is not None else DEFAULT_SYSTEM_PROMPT

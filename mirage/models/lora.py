@@ -14,7 +14,9 @@ from mirage.errors import UserError
 from mirage.models.adapter import ModelAdapter
 
 
-def select_trainable(model: Any, adapter: ModelAdapter, config: ModelConfig, *, base: str, seed: int) -> PeftModel | None:
+def select_trainable(
+    model: Any, adapter: ModelAdapter, config: ModelConfig, *, base: str, seed: int
+) -> PeftModel | None:
     """Freeze and unfreeze `model` in place; with `config.lora`, inject adapters and return peft's wrapper.
 
     `base` is written into the adapter's config as the model it belongs to. Groups in `config.train` are trained in
@@ -49,7 +51,9 @@ def load_adapter_weights(peft_model: PeftModel, folder: Path) -> None:
     weights = load_peft_weights(str(folder), device="cpu")
     result = set_peft_model_state_dict(peft_model, weights)
     if result.unexpected_keys:
-        raise UserError(f"{folder}: adapter tensors without a place in this model: {', '.join(result.unexpected_keys[:3])}")
+        raise UserError(
+            f"{folder}: adapter tensors without a place in this model: {', '.join(result.unexpected_keys[:3])}"
+        )
 
 
 def save_modules(model: Any, adapter: ModelAdapter, group: str) -> list[str]:

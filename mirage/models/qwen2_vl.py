@@ -30,7 +30,9 @@ def scaled_size(width: int, height: int, *, factor: int, min_pixels: int, max_pi
     than 200 times longer than wide.
     """
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise UserError(f"a picture of {width} x {height} pixels is more than {MAX_ASPECT_RATIO} times longer than wide")
+        raise UserError(
+            f"a picture of {width} x {height} pixels is more than {MAX_ASPECT_RATIO} times longer than wide"
+        )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -102,7 +104,9 @@ class Qwen2VLAdapter(ModelAdapter):
         blocks = np.broadcast_to(blocks, (*blocks.shape[:5], temporal, *blocks.shape[6:]))
         return np.ascontiguousarray(blocks.reshape(rows * columns, channels * temporal * patch * patch))
 
-    def chat_segments(self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool) -> list[Segment]:
+    def chat_segments(
+        self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool
+    ) -> list[Segment]:
         check_image_marks(messages, image_tokens)
         turns = list(messages)
         system = self.spec.system_prompt if self.spec.system_prompt is not None else DEFAULT_SYSTEM_PROMPT

@@ -125,9 +125,7 @@ def base_folder(folder: Path) -> Path:
     return base
 
 
-def _spec(
-    family: Any, folder: Path, config: Any, preprocessing: PreprocessingConfig | None
-) -> PreprocessingSpec:
+def _spec(family: Any, folder: Path, config: Any, preprocessing: PreprocessingConfig | None) -> PreprocessingSpec:
     saved = PreprocessingSpec.load(folder)
     if preprocessing is None and saved is not None:
         return saved
@@ -163,4 +161,6 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"could not get {name!r} from the hub ({reason}); give model.path a local folder instead") from error
+        raise UserError(
+            f"could not get {name!r} from the hub ({reason}); give model.path a local folder instead"
+        ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -37,10 +38,13 @@ from mirage.models.adapter import ModelAdapter, Picture, PreprocessingSpec
 from mirage.models.attention import PACKED_SDPA
 from mirage.models.registry import FAMILIES, cache_dir
 
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 MAX_TOKENS = 8192
 TRAIN_SPLITS = ("train", "train_twins", "train_general")
 PICTURES_PER_CONCEPT = 40
+WARMUP_EDGE = 72
+# Look-up tables that make a colour channel up to a tenth darker or brighter.
+TINTS = [[min(255, value * percent // 100) for value in range(256)] for percent in range(90, 111, 2)]
 WARMUP_BATCH = 128
 SPECIAL_TOKENS = {
     "internvl": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"],
@@ -65,7 +69,9 @@ def tiny_folder(
     """
     manifest = data_dir / "manifest.json"
     if not manifest.exists():
-        raise UserError(f"{data_dir} is no dataset folder (no manifest.json); write one with: make datagen OUT={data_dir}")
+        raise UserError(
+            f"{data_dir} is no dataset folder (no manifest.json); write one with: make datagen OUT={data_dir}"
+        )
     identity = [BUILD_VERSION, family, config.model_dump(), preprocessing.model_dump(), seed, manifest.read_text()]
     key = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
     folder = cache_dir() / "tiny" / f"{family}-{key}"
@@ -90,17 +96,17 @@ def build_tiny(
     seed: int,
 ) -> None:
     """Write tokenizer, weights, config and preprocessing spec of a tiny model into `folder`."""
-    rows = [row for row in read_rows(data_dir, splits=TRAIN_SPLITS)]
+    rows = list(read_rows(data_dir, splits=TRAIN_SPLITS))
     texts = [message.text for row in rows for message in row.messages]
     tokenizer = train_tokenizer(texts, family=family, vocab_size=config.vocab_size)
     adapter_class, model_class = FAMILIES[family]
-    model_config = _model_config(family, config, preprocessing, tokenizer)
+    network = model_config(family, config, preprocessing, tokenizer)
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = model_class._from_config(model_config, attn_implementation=PACKED_SDPA, dtype=torch.float32)
+            model = model_class._from_config(network, attn_implementation=PACKED_SDPA, dtype=torch.float32)
             spec = PreprocessingSpec(family=family, **preprocessing.model_dump())
             adapter = adapter_class(tokenizer, model.config, spec)
             metrics = warm_up_vision(model, adapter, rows, data_dir=data_dir, config=config, seed=seed)
@@ -135,7 +141,7 @@ def train_tokenizer(texts: Iterable[str], *, family: Family, vocab_size: int) ->
     )
 
 
-def _model_config(family: Family, config: TinyConfig, preprocessing: PreprocessingConfig, tokenizer: Any) -> Any:
+def model_config(family: Family, config: TinyConfig, preprocessing: PreprocessingConfig, tokenizer: Any) -> Any:
     token_id = tokenizer.convert_tokens_to_ids
     text = {
         "vocab_size": len(tokenizer),
@@ -202,39 +208,56 @@ def _model_config(family: Family, config: TinyConfig, preprocessing: Preprocessi
 def warm_up_vision(
     model: Any, adapter: ModelAdapter, rows: list[Row], *, data_dir: Path, config: TinyConfig, seed: int
 ) -> dict[str, Any]:
-    """Teach the vision tower and projector to tell the training pictures' concepts apart; the class head is thrown away.
+    """Teach vision tower and projector to tell the training pictures' concepts apart; the class head is thrown away.
 
-    Returns the number of concepts and pictures and the accuracy on the last tenth of the steps.
+    Each time a picture is seen it is turned, scaled, shifted, mirrored and tinted anew: the few pictures of a concept
+    are otherwise learnt by heart. Returns the number of concepts and the accuracy on pictures kept out.
     """
-    pictures, labels, concepts = _concept_pictures(rows, adapter, data_dir)
+    concepts = _concept_paths(rows)
     if config.warmup_steps == 0 or len(concepts) < 2:
-        return {"warmup_concepts": len(concepts), "warmup_accuracy": None}
+        return {"warmup_concepts": len(concepts), "warmup_heldout_accuracy": None}
+    chance = random.Random(seed)
+    edge = adapter.spec.image_size
+    train, heldout = _labelled_pictures(concepts, data_dir)
     head = torch.nn.Linear(config.hidden_size, len(concepts))
-    trained = [
-        parameter for name, parameter in model.named_parameters() if adapter.group_of(name) in ("vision", "projector")
-    ] + list(head.parameters())
+    groups = ("vision", "projector")
+    trained = [parameter for name, parameter in model.named_parameters() if adapter.group_of(name) in groups]
+    trained += list(head.parameters())
     optimizer = torch.optim.AdamW(trained, lr=config.warmup_lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.warmup_lr, total_steps=config.warmup_steps, pct_start=0.1, final_div_factor=50
     )
-    order = random.Random(seed)
-    right: list[float] = []
+
+    def next_batch() -> list[tuple[Picture, int]]:
+        chosen = [chance.choice(train) for _ in range(WARMUP_BATCH)]
+        return [
+            (adapter.preprocess(_vary(picture, chance, edge=edge), num_images=2), label) for picture, label in chosen
+        ]
+
     model.train()
     for _ in range(config.warmup_steps):
-        chosen = [order.randrange(len(pictures)) for _ in range(WARMUP_BATCH)]
-        inputs = adapter.picture_inputs([pictures[index] for index in chosen])
-        pooled = picture_vectors(model, inputs, [pictures[index].num_tokens for index in chosen])
-        logits = head(pooled)
-        target = labels[torch.tensor(chosen)]
-        loss = F.cross_entropy(logits, target)
+        logits, labels = _classify(model, adapter, head, next_batch())
+        loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        right.append((logits.argmax(1) == target).float().mean().item())
-    last = right[-max(1, len(right) // 10) :]
-    return {"warmup_concepts": len(concepts), "warmup_accuracy": round(sum(last) / len(last), 4)}
+    with torch.no_grad():
+        kept_out = [(adapter.preprocess(picture, num_images=2), label) for picture, label in heldout]
+        logits, labels = _classify(model, adapter, head, kept_out)
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    return {"warmup_concepts": len(concepts), "warmup_heldout_accuracy": round(accuracy, 4)}
+
+
+def _classify(
+    model: Any, adapter: ModelAdapter, head: torch.nn.Linear, batch: list[tuple[Picture, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class scores [pictures, concepts] and labels [pictures]."""
+    pictures = [picture for picture, _ in batch]
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = picture_vectors(model, adapter.picture_inputs(pictures), [picture.num_tokens for picture in pictures])
+    return head(pooled.float()), torch.tensor([label for _, label in batch])
 
 
 def picture_vectors(model: Any, inputs: dict[str, torch.Tensor], num_tokens: list[int]) -> torch.Tensor:
@@ -244,19 +267,41 @@ def picture_vectors(model: Any, inputs: dict[str, torch.Tensor], num_tokens: lis
     return torch.stack([part.mean(0) for part in flat.split(num_tokens)])
 
 
-def _concept_pictures(
-    rows: list[Row], adapter: ModelAdapter, data_dir: Path
-) -> tuple[list[Picture], torch.Tensor, list[str]]:
+def _concept_paths(rows: list[Row]) -> dict[str, list[str]]:
+    """Picture paths of each concept that the rows show, both sorted."""
     paths: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         for image in row.images:
             if image.concept:
                 paths[image.concept].add(image.path)
-    concepts = sorted(paths)
-    pictures, labels = [], []
-    for label, concept in enumerate(concepts):
-        for path in sorted(paths[concept])[:PICTURES_PER_CONCEPT]:
+    return {concept: sorted(paths[concept])[:PICTURES_PER_CONCEPT] for concept in sorted(paths)}
+
+
+def _labelled_pictures(
+    concepts: dict[str, list[str]], data_dir: Path
+) -> tuple[list[tuple[Image.Image, int]], list[tuple[Image.Image, int]]]:
+    """(training pictures, pictures kept out: one in twelve), with labels; small, since the tower sees them small."""
+    train: list[tuple[Image.Image, int]] = []
+    heldout: list[tuple[Image.Image, int]] = []
+    for label, paths in enumerate(concepts.values()):
+        for number, path in enumerate(paths):
             with Image.open(data_dir / path) as image:
-                pictures.append(adapter.preprocess(image.convert("RGB"), num_images=2))
-            labels.append(label)
-    return pictures, torch.tensor(labels), concepts
+                picture = image.convert("RGB").resize((WARMUP_EDGE, WARMUP_EDGE), Image.Resampling.BICUBIC)
+            (heldout if number < len(paths) // 12 else train).append((picture, label))
+    return train, heldout or train
+
+
+def _vary(picture: Image.Image, chance: random.Random, *, edge: int) -> Image.Image:
+    """A turned, scaled, shifted, perhaps mirrored and tinted copy of `edge` x `edge` pixels."""
+    size = picture.width
+    angle, scale = chance.uniform(-0.12, 0.12), chance.uniform(0.9, 1.1) * size / edge
+    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
+    mirror = chance.choice((-1, 1))
+    x = size * (0.5 + chance.uniform(-0.06, 0.06)) - (mirror * cos - sin) * edge / 2
+    y = size * (0.5 + chance.uniform(-0.06, 0.06)) - (mirror * sin + cos) * edge / 2
+    matrix = (mirror * cos, -sin, x, mirror * sin, cos, y)
+    border = picture.getpixel((0, 0))
+    turned = picture.transform(
+        (edge, edge), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=border
+    )
+    return turned.point([value for _ in range(3) for value in TINTS[chance.randrange(len(TINTS))]])

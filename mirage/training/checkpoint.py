@@ -1,10 +1,10 @@
 """Checkpoints: written aside, synced, renamed, then marked READY with the hash of every file.
 
-    checkpoint-000200/
-      READY            manifest: step, fingerprint of the weights, sha256 of every file
-      recipe.json      the resolved recipe
-      model/           what plain transformers, peft and vLLM load
-      resume/          optimiser state and random state; only MIRage reads it
+checkpoint-000200/
+  READY            manifest: step, fingerprint of the weights, sha256 of every file
+  recipe.json      the resolved recipe
+  model/           what plain transformers, peft and vLLM load
+  resume/          optimiser state and random state; only MIRage reads it
 """
 
 from __future__ import annotations

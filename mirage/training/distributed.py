@@ -36,7 +36,9 @@ def build_accelerator(recipe: Recipe, *, world_size: int) -> Accelerator:
         kwargs_handlers=[process_group],
     )
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise RuntimeError(f"accelerate started as {accelerator.distributed_type}, not DeepSpeed; unset ACCELERATE_USE_CPU")
+        raise RuntimeError(
+            f"accelerate started as {accelerator.distributed_type}, not DeepSpeed; unset ACCELERATE_USE_CPU"
+        )
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if (accelerator.process_index, accelerator.num_processes) != (rank, size):
         raise RuntimeError(

@@ -296,7 +296,9 @@ def configure_libraries(environ: MutableMapping[str, str], *, has_gpu: bool) -> 
     if not has_gpu:
         environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed calls collectives by names that torch is about to retire: hundreds of lines, none of them the user's.
-    warnings.filterwarnings("ignore", message=r".*is deprecated\. Please use `torch\.distributed", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r".*is deprecated\. Please use `torch\.distributed", category=FutureWarning
+    )
     import deepspeed.ops
     import transformers
 

@@ -1,4 +1,4 @@
-"""Optimiser state out of and into DeepSpeed, parameter by parameter: the same files for every ZeRO stage and world size.
+"""Optimiser state out of and into DeepSpeed, parameter by parameter, for every ZeRO stage and world size.
 
 Through DeepSpeed's `safe_get_full_*` and `safe_set_*` functions (deepspeed.utils, "ZeRO API"), each parameter's fp32
 master weights and AdamW moments are put together whole; the ranks share the writing. safetensors only, no pickle.
@@ -31,6 +31,7 @@ def _trained(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
 
 def save_optimizer_state(engine: Any, folder: Path, *, rank: int, world_size: int) -> None:
     """Write this rank's share into `rank-NNNNN.safetensors`: every `world_size`-th parameter, whole. All ranks call."""
+    _link_moments(engine)
     tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
     for number, (name, parameter) in enumerate(_trained(engine)):
         state = {MASTER: safe_get_full_fp32_param(parameter)}
@@ -89,6 +90,11 @@ def _create_moments(engine: Any, num_steps: int) -> None:
     for flat in _flat_partitions(engine):
         moments = {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
         base.state[flat] = {"step": torch.tensor(float(num_steps)), **moments}
+    _link_moments(engine)
+
+
+def _link_moments(engine: Any) -> None:
+    # ZeRO-1/2 connect parameters with their slices of the moments only when asked to.
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()

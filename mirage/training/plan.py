@@ -203,7 +203,7 @@ def _tiny_config(recipe: Recipe) -> Any:
     assert recipe.model.tiny is not None
     family = recipe.model.family
     vocabulary = _Vocabulary(recipe.model.tiny.vocab_size, tiny.SPECIAL_TOKENS[family])
-    return tiny._model_config(family, recipe.model.tiny, recipe.preprocessing, vocabulary)
+    return tiny.model_config(family, recipe.model.tiny, recipe.preprocessing, vocabulary)
 
 
 def plan_adapter(recipe: Recipe, config: Any, tokenizer: Any = None) -> ModelAdapter:

@@ -88,7 +88,9 @@ class Trainer:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise UserError(f"another process is training in {self.run_dir}; wait for it or choose another run_dir") from error
+            raise UserError(
+                f"another process is training in {self.run_dir}; wait for it or choose another run_dir"
+            ) from error
         checkpoints.remove_torn(self.run_dir)
         self._check_same_recipe()
 
@@ -265,7 +267,7 @@ class Trainer:
         self._call("on_checkpoint", final, 0)
 
     def save_checkpoint(self) -> None:
-        """Write the checkpoint of the current step, mark it READY, tell the callbacks, retire old ones. All ranks call."""
+        """Write the current step's checkpoint, mark it READY, tell the callbacks, retire old ones. All ranks call."""
         final = self.run_dir / checkpoints.checkpoint_name(self.step)
         aside = self.run_dir / checkpoints.aside_name(self.step)
         if self.is_main:

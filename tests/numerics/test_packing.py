@@ -82,7 +82,9 @@ def test_a_sample_is_blind_to_its_neighbours(tiny_folders, shapes, family):
     with torch.no_grad():
         after_one = model.model(**collate([one, third], adapter).inputs, use_cache=False).last_hidden_state
         after_other = model.model(**collate([other, third], adapter).inputs, use_cache=False).last_hidden_state
-    torch.testing.assert_close(after_one[0, -third.num_tokens :], after_other[0, -third.num_tokens :], atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        after_one[0, -third.num_tokens :], after_other[0, -third.num_tokens :], atol=2e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

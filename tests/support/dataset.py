@@ -57,7 +57,9 @@ def _image(folder: Path, concept: str, edge: int) -> ImageRef:
     )
 
 
-def _row(folder: Path, split: str, concepts: tuple[str, ...], question: str, answer: str | None, edge: int, **more: object) -> Row:
+def _row(
+    folder: Path, split: str, concepts: tuple[str, ...], question: str, answer: str | None, edge: int, **more: object
+) -> Row:
     images = tuple(_image(folder, concept, edge) for concept in concepts)
     marks = tuple(ImagePart(index=number) for number in range(len(images)))
     messages = [Message(role="user", content=(*marks, TextPart(text=question)))]
@@ -80,7 +82,9 @@ def answer_text(first: str, second: str, *, risky: bool) -> Segments:
     return Segments(
         perceive=f"The first image shows a {first}. The second image shows a {second}.",
         relate="Both are shapes.",
-        risk="Together they could cause a fall, because discs roll." if risky else "Together they carry no particular risk.",
+        risk="Together they could cause a fall, because discs roll."
+        if risky
+        else "Together they carry no particular risk.",
         reply="I can't help with using them together." if risky else f"You can put the {first} beside the {second}.",
     )
 

@@ -16,7 +16,9 @@ from mirage.data.sources import SourcedRow, load_mixture
 from mirage.models import ModelAdapter, load_model
 from mirage.models.tiny import build_tiny
 
-PREPROCESSING = PreprocessingConfig(image_size=56, max_tiles=4, min_pixels=28 * 28, max_pixels=112 * 112, system_prompt="")
+PREPROCESSING = PreprocessingConfig(
+    image_size=56, max_tiles=4, min_pixels=28 * 28, max_pixels=112 * 112, system_prompt=""
+)
 SMALL = TinyConfig(
     hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=128, vision_hidden_size=32,
     vision_layers=1, vocab_size=400, warmup_steps=0,
@@ -57,7 +59,8 @@ def samples(data_dir: Path, folder: Path, adapter: ModelAdapter, numbers: list[i
 def flat_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Gradients by parameter name; zeros where there is none."""
     return {
-        name: (torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()) for name, p in model.named_parameters()
+        name: (torch.zeros_like(p) if p.grad is None else p.grad.detach().clone())
+        for name, p in model.named_parameters()
     }
 
 

@@ -1,0 +1,115 @@
+"""The real command: two gloo processes under ZeRO-3, killed and continued, end with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "model.tiny.hidden_size=64",
+    "model.tiny.num_layers=2",
+    "model.tiny.intermediate_size=128",
+    "model.tiny.vision_hidden_size=32",
+    "model.tiny.vocab_size=400",
+    "model.tiny.warmup_steps=0",
+    "train.batch_samples=8",
+    "train.max_steps=6",
+    "data.pack_tokens=512",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep_last=9",
+    "eval.mode=off",
+    "tracking.wandb=off",
+    "tracking.console=plain",
+]
+
+
+def command(recipe: str, run_dir: Path, data_dir: Path, *more: str, processes: int = 2) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", "recipes/accelerate/cpu2.yaml"] if processes == 2 else []
+    return [*launch, "mirage/train.py", f"recipe={recipe}", f"run_dir={run_dir}", f"data.dir={data_dir}", *SMALL, *more]
+
+
+def run(arguments: list[str], root: Path, cache: Path, *, code: int = 0) -> str:
+    done = subprocess.run(
+        arguments, cwd=root, env=environment(cache), text=True, capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "MIRAGE_CACHE": str(cache)}
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if line["axis"] == "train"}
+
+
+def weights(checkpoint: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((checkpoint / "model").glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def kill_after(arguments: list[str], root: Path, cache: Path, marker: Path) -> None:
+    """Start the command and kill -9 every process of it as soon as `marker` exists."""
+    process = subprocess.Popen(
+        arguments, cwd=root, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not marker.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    _kill_tree(process.pid)
+    process.wait(timeout=60)
+
+
+def _kill_tree(pid: int) -> None:
+    import psutil
+
+    # torchrun gives each rank a session of its own, so the whole tree is walked.
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for member in family:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+
+
+@pytest.mark.parametrize("recipe", ["tiny_internvl_mis", "tiny_qwen2vl_mis_lora"])
+def test_killed_run_continues_to_the_same_bytes(tmp_path, repo_root, shapes, cache, recipe):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(command(recipe, whole, shapes), repo_root, cache)
+    kill_after(command(recipe, broken, shapes), repo_root, cache, broken / "checkpoint-000002" / "READY")
+    assert not (broken / "checkpoint-000006").exists()
+    said = run(command(recipe, broken, shapes), repo_root, cache)
+    assert "continues after step" in said
+    assert weights(whole / "checkpoint-000006") == weights(broken / "checkpoint-000006")
+    assert losses(whole) == losses(broken)
+    assert losses(whole)[6] < losses(whole)[1]
+    assert not list(broken.glob(".checkpoint-*"))
+
+
+def test_one_process_learns_the_same_as_two(tmp_path, repo_root, shapes, cache):
+    two, one = tmp_path / "two", tmp_path / "one"
+    options = ["train.max_steps=3", "train.zero_stage=2"]
+    run(
+        [arg for arg in command("tiny_internvl_mis", two, shapes) if "max_steps" not in arg] + options, repo_root, cache
+    )
+    arguments = command("tiny_internvl_mis", one, shapes, processes=1)
+    run([arg for arg in arguments if "max_steps" not in arg] + options, repo_root, cache)
+    for step, loss in losses(two).items():
+        assert losses(one)[step] == pytest.approx(loss, rel=1e-5)
