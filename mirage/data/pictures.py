@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mirage.errors import UserError
 from mirage.models.adapter import ModelAdapter, Picture
@@ -25,6 +25,18 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"image {path} is missing") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be decoded ({error}); restore the file") from error
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels of the upright picture, from its header. Raises `UserError` for a file that is none."""
+    try:
+        with Image.open(path) as image:
+            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.height, image.width) if lies_on_its_side else (image.width, image.height)
+    except FileNotFoundError as error:
+        raise UserError(f"image {path} is missing; write the dataset again or unpack its images") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be read ({error}); restore the file") from error
 
 
 class PictureLoader:

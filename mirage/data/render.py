@@ -56,11 +56,12 @@ def render_text(entry: SourcedRow, adapter: ModelAdapter) -> RenderedText:
 def render_sample(entry: SourcedRow, adapter: ModelAdapter, loader: PictureLoader) -> Sample:
     """The sample of a training row, pictures decoded. Raises `UserError` naming the row for a bad picture."""
     rendered = render_text(entry, adapter)
-    num_images = len(entry.row.images)
+    num_images, paths = len(entry.row.images), entry.image_paths
     try:
+        # In the order of their marks, which is where the model puts their features.
         pictures = tuple(
-            loader.load(path, key=image.sha256, num_images=num_images)
-            for image, path in zip(entry.row.images, entry.image_paths)
+            loader.load(paths[index], key=entry.row.images[index].sha256, num_images=num_images)
+            for index in entry.row.mark_order
         )
     except UserError as error:
         raise UserError(f"{entry.location}: row {entry.row.id}: {error}") from error

@@ -151,6 +151,11 @@ class Row(_Strict):
         return self
 
     @property
+    def mark_order(self) -> tuple[int, ...]:
+        """Image indices in the order in which the messages show them."""
+        return tuple(part.index for message in self.messages for part in message.content if isinstance(part, ImagePart))
+
+    @property
     def question(self) -> str:
         """The last user turn's text."""
         return next((message.text for message in reversed(self.messages) if message.role == "user"), "")

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
 from mirage.config.schema import DataConfig, SourceConfig
+from mirage.data.pictures import picture_size
 from mirage.data.row import ImagePart, ImageRef, ImageSource, Message, Part, Row, TextPart, row_id
 from mirage.errors import UserError
 
@@ -213,7 +213,7 @@ def _conversation_row(record: Any, file: Path, location: str, source: SourceConf
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise UserError(f"{location}: has no 'conversations' list; a ShareGPT record needs one")
     names = record.get("image", record.get("images", []))
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else list(names or ())
     images = tuple(_image_ref(file.parent, name, location) for name in names)
     messages = conversation_messages(
         record["conversations"], location=location, images_first=source.format == "mis_train"
@@ -267,13 +267,10 @@ def _image_ref(root: Path, name: Any, location: str) -> ImageRef:
     if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise UserError(f"{location}: image path {name!r} must be relative and stay inside {root}")
     path = root / name
-    if not path.exists():
-        raise UserError(f"{location}: image {path} is missing; unpack the dataset's images beside its JSON file")
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{location}: image {path} cannot be read ({error}); restore the file") from error
+        width, height = picture_size(path)
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from error
     return ImageRef(
         path=PurePosixPath(name).as_posix(),
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -290,15 +287,10 @@ def _image_problem(entry: SourcedRow) -> UserError | None:
     for image, path in zip(entry.row.images, entry.image_paths):
         if not path.resolve().is_relative_to(entry.root.resolve()):
             return UserError(f"{entry.location}: image {image.path} leads outside {entry.root}")
-        if not path.exists():
-            return UserError(f"{entry.location}: row {entry.row.id}: image {path} is missing; write the dataset again")
         try:
-            with Image.open(path) as opened:
-                size = opened.size
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            return UserError(
-                f"{entry.location}: row {entry.row.id}: image {path} cannot be read ({error}); restore the file"
-            )
+            size = picture_size(path)
+        except UserError as error:
+            return UserError(f"{entry.location}: row {entry.row.id}: {error}")
         if size != (image.width, image.height):
             return UserError(
                 f"{entry.location}: row {entry.row.id}: image {path} has {size[0]} x {size[1]} pixels, "

@@ -107,9 +107,11 @@ def packed_sdpa(
         )
         return output.to(dtype), None
     source, target = (index.to(query.device) for index in _padded_index(tuple(lengths)))
-    rows = [tensor[0].transpose(0, 1)[source].transpose(1, 2) for tensor in (query, key, value)]
+    queries, keys, values = (tensor[0].transpose(0, 1)[source].transpose(1, 2) for tensor in (query, key, value))
     output = F.scaled_dot_product_attention(
-        *rows,
+        queries,
+        keys,
+        values,
         dropout_p=dropout,
         is_causal=True,
         scale=scaling,

@@ -66,8 +66,8 @@ def cut_tiles(image: Image.Image, *, max_tiles: int, tile_size: int, thumbnail: 
     tiles = [canvas.crop((x, y, x + tile_size, y + tile_size)) for x, y in boxes]
     if thumbnail and len(tiles) > 1:
         tiles.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
-    pixels = np.stack([np.asarray(tile) for tile in tiles]).astype(np.float32) / np.float32(255)
-    pixels = (pixels - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+    shares = np.stack([np.asarray(tile) for tile in tiles]).astype(np.float32) / np.float32(255)
+    pixels = (shares - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 

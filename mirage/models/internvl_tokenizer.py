@@ -141,7 +141,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def read_sentencepiece(path: Path) -> Any:
     """The parsed sentencepiece file (a protobuf `ModelProto`)."""
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(path.read_bytes())
     except OSError as error:
@@ -252,7 +252,7 @@ def _merges(model: Any, *, without: set[str]) -> list[tuple[str, str]]:
     sentencepiece joins any two neighbours whose union is in the vocabulary, so each way to cut a piece is a merge.
     """
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL and piece.piece not in without}
-    merges = []
+    merges: list[tuple[float, int, str, str]] = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]

@@ -21,6 +21,24 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_TOKEN = "<|image_pad|>"
 MAX_ASPECT_RATIO = 200
+# chat_template of Qwen/Qwen2-VL-7B-Instruct, cut where the default system turn stands.
+_TEMPLATE_HEAD = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}"
+)
+_TEMPLATE_TAIL = (
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def scaled_size(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -43,6 +61,17 @@ def scaled_size(width: int, height: int, *, factor: int, min_pixels: int, max_pi
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_width, new_height
+
+
+def chat_template(system_prompt: str | None) -> str:
+    """The published Jinja template, word for word, with `system_prompt` in place of the default ('' for none)."""
+    system = DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt
+    if not system:
+        return _TEMPLATE_HEAD + _TEMPLATE_TAIL
+    # Written as it stands where that is safe, as a JSON string where Jinja would read it as code.
+    shown = system if not {"{", "}"} & set(system) and system == system.rstrip("\n") else f"{{{{ {json.dumps(system)} }}}}"
+    default = f"{{% if loop.first and message['role'] != 'system' %}}<|im_start|>system\n{shown}<|im_end|>\n{{% endif %}}"
+    return _TEMPLATE_HEAD + default + _TEMPLATE_TAIL
 
 
 class Qwen2VLAdapter(ModelAdapter):
@@ -169,6 +198,14 @@ class Qwen2VLAdapter(ModelAdapter):
     @property
     def image_token_id(self) -> int:
         return self.config.image_token_id
+
+    def save_files(self, folder: Path) -> None:
+        """Write tokenizer, image processor, chat template and preprocessing spec beside the weights.
+
+        The chat template carries the spec's system prompt, so that servers render what was trained.
+        """
+        self.tokenizer.chat_template = chat_template(self.spec.system_prompt)
+        super().save_files(folder)
 
     def image_processor_config(self, folder: Path) -> None:
         config = {
