@@ -23,8 +23,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 MAX_ASPECT_RATIO = 200
 # chat_template of Qwen/Qwen2-VL-7B-Instruct, cut where the default system turn stands.
 _TEMPLATE_HEAD = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
-    "{% for message in messages %}"
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
 )
 _TEMPLATE_TAIL = (
     "<|im_start|>{{ message['role'] }}\n"
@@ -69,8 +68,10 @@ def chat_template(system_prompt: str | None) -> str:
     if not system:
         return _TEMPLATE_HEAD + _TEMPLATE_TAIL
     # Written as it stands where that is safe, as a JSON string where Jinja would read it as code.
-    shown = system if not {"{", "}"} & set(system) and system == system.rstrip("\n") else f"{{{{ {json.dumps(system)} }}}}"
-    default = f"{{% if loop.first and message['role'] != 'system' %}}<|im_start|>system\n{shown}<|im_end|>\n{{% endif %}}"
+    plain = not {"{", "}"} & set(system)
+    shown = system if plain else f"{{{{ {json.dumps(system, ensure_ascii=False)} }}}}"
+    turn = f"<|im_start|>system\n{shown}<|im_end|>\n"
+    default = "{% if loop.first and message['role'] != 'system' %}" + turn + "{% endif %}"
     return _TEMPLATE_HEAD + default + _TEMPLATE_TAIL
 
 

@@ -146,11 +146,11 @@ def test_pixels_equal_the_processors(tiny_folders, size):
 
 
 def test_every_grey_level_normalises_to_the_same_float(tiny_folders):
-    image = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(28 * 28 // 64).reshape(56, 56, 1).repeat(3, axis=2))
+    levels = np.arange(56 * 56).astype(np.uint8).reshape(56, 56, 1).repeat(3, axis=2)
+    image = Image.fromarray(levels)
     expected = image_processor(NARROW)(image, return_tensors="pt")["pixel_values"]
-    assert torch.equal(
-        adapter_of(tiny_folders["qwen2_vl"]).preprocess(image, num_images=1).tensors["pixel_values"], expected
-    )
+    ours = adapter_of(tiny_folders["qwen2_vl"]).preprocess(image, num_images=1)
+    assert torch.equal(ours.tensors["pixel_values"], expected)
 
 
 def test_the_file_written_for_servers_says_the_same(tiny_folders, tmp_path):
@@ -189,7 +189,7 @@ def test_prompt_equals_the_processors(tiny_folders, num_images, system, turns):
 
 
 def test_saved_template_is_the_published_one_with_the_runs_system_prompt(tiny_folders, tmp_path):
-    for name, prompt in (("published", None), ("other", 'Be "careful".\n{{ x }}'), ("none", "")):
+    for name, prompt in (("published", None), ("other", 'Be "careful" 🙂.\n{{ x }}'), ("none", "")):
         folder = tmp_path / name
         folder.mkdir()
         adapter = adapter_of(tiny_folders["qwen2_vl"], NARROW.model_copy(update={"system_prompt": prompt}))
