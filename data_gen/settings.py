@@ -22,10 +22,10 @@ class Size(BaseModel):
 
 SIZES: dict[str, Size] = {
     "small": Size(
-        rows={"train": 2500, "train_twins": 2500, "train_general": 2000}
+        rows={"train": 1500, "train_twins": 1500, "train_general": 1500}
         | {"easy": 120, "hard": 120, "real": 24, "twins": 240, "general": 200},
         image_pixels=112,
-        train_variants=32,
+        train_variants=24,
         test_variants=8,
     ),
     # Counts of the paper (table 19 and section 3.2): 3,927 training rows; 1,675 easy, 510 hard, 100 real.

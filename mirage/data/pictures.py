@@ -31,7 +31,9 @@ def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels of the upright picture, from its header. Raises `UserError` for a file that is none."""
     try:
         with Image.open(path) as image:
-            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # Asking a PNG for EXIF decodes it whole; one that has any says so in its header.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            lies_on_its_side = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (image.height, image.width) if lies_on_its_side else (image.width, image.height)
     except FileNotFoundError as error:
         raise UserError(f"image {path} is missing; write the dataset again or unpack its images") from error

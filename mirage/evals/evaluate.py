@@ -35,7 +35,7 @@ from mirage.evals.results import (
     write_samples,
 )
 from mirage.evals.task import Task, score_answer
-from mirage.models import ModelAdapter, load_model
+from mirage.models import GenerationAdapter, load_model
 from mirage.tracking.console import make_console
 from mirage.training.checkpoint import LEASE_SUFFIX, NAME, ready_checkpoints
 
@@ -125,13 +125,13 @@ def _generate(
     rank: int,
     world_size: int,
     console: Console | None,
-) -> tuple[dict[str, list[Prompt]], ModelAdapter]:
+) -> tuple[dict[str, list[Prompt]], GenerationAdapter]:
     model, adapter = load_model(
-        checkpoint, attention="sdpa", dtype=getattr(torch, request.decoding.dtype), device=device
+        checkpoint, attention="sdpa", dtype=getattr(torch, request.decoding.dtype), device=device, evaluation=True
     )
     model.set_attn_implementation(request.decoding.attention)
     if request.config.max_tiles is not None:
-        adapter.spec = adapter.spec.model_copy(update={"max_tiles": request.config.max_tiles})
+        adapter.set_tile_budget(request.config.max_tiles)
     prompts = {
         task.name: make_prompts(
             adapter, request.samples[task.name], fingerprint=request.fingerprint, decoding=request.decoding

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import GenerationConfig
 
 from mirage.data.pictures import open_picture
-from mirage.data.row import ImagePart, canonical_json
+from mirage.data.row import canonical_json
 from mirage.errors import UserError
 from mirage.evals.answers import Answer, AnswerStore
 from mirage.evals.task import Sample
-from mirage.models.adapter import ModelAdapter, Picture
+from mirage.models.adapter import GenerationAdapter, Question
 
 # EXIF orientations whose upright picture has width and height exchanged.
 _QUARTER_TURNS = (5, 6, 7, 8)
@@ -48,7 +48,7 @@ class Prompt:
 
 
 def make_prompts(
-    adapter: ModelAdapter, samples: Sequence[Sample], *, fingerprint: str, decoding: Decoding
+    adapter: GenerationAdapter, samples: Sequence[Sample], *, fingerprint: str, decoding: Decoding
 ) -> list[Prompt]:
     """Render the samples as training does. Pictures' sizes are read, their pixels are not.
 
@@ -59,10 +59,9 @@ def make_prompts(
     return [_make_prompt(adapter, sample, identity) for sample in samples]
 
 
-def _make_prompt(adapter: ModelAdapter, sample: Sample, identity: list[Any]) -> Prompt:
+def _make_prompt(adapter: GenerationAdapter, sample: Sample, identity: list[Any]) -> Prompt:
     sizes = [picture_size(path, sample=sample) for path in sample.image_paths]
-    image_tokens = [adapter.num_image_tokens(width, height, num_images=len(sizes)) for width, height in sizes]
-    rendered = adapter.render(sample.messages, image_tokens, generation=True)
+    rendered = adapter.prompt(sample.messages, sizes)
     known = sample.image_sha256 or (None,) * len(sizes)
     hashes = [digest or file_sha256(path) for digest, path in zip(known, sample.image_paths, strict=True)]
     key = hashlib.sha256(canonical_json([*identity, rendered.text, hashes]).encode()).hexdigest()
@@ -83,7 +82,7 @@ def plan_batches(prompts: Sequence[Prompt], *, batch_size: int) -> list[list[Pro
 
 def generate_answers(
     model: Any,
-    adapter: ModelAdapter,
+    adapter: GenerationAdapter,
     prompts: Sequence[Prompt],
     *,
     decoding: Decoding,
@@ -112,7 +111,7 @@ def generate_answers(
 
 @torch.inference_mode()
 def generate_batch(
-    model: Any, adapter: ModelAdapter, batch: Sequence[Prompt], *, decoding: Decoding, device: torch.device
+    model: Any, adapter: GenerationAdapter, batch: Sequence[Prompt], *, decoding: Decoding, device: torch.device
 ) -> list[Answer]:
     """Greedy answers of one batch, in its order.
 
@@ -127,7 +126,7 @@ def generate_batch(
     return [_answer(adapter, prompt, ids) for prompt, ids in zip(batch, output, strict=True)]
 
 
-def _greedy(adapter: ModelAdapter, decoding: Decoding) -> GenerationConfig:
+def _greedy(adapter: GenerationAdapter, decoding: Decoding) -> GenerationConfig:
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -139,29 +138,22 @@ def _greedy(adapter: ModelAdapter, decoding: Decoding) -> GenerationConfig:
 
 
 def _batch_inputs(
-    model: Any, adapter: ModelAdapter, batch: Sequence[Prompt], *, device: torch.device
+    model: Any, adapter: GenerationAdapter, batch: Sequence[Prompt], *, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    length = max(len(prompt.input_ids) for prompt in batch)
-    input_ids = torch.full((len(batch), length), adapter.pad_id, dtype=torch.long)
-    mask = torch.zeros(len(batch), length, dtype=torch.long)
-    for row, prompt in enumerate(batch):
-        input_ids[row, length - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-        mask[row, length - len(prompt.input_ids) :] = 1
-    inputs = {"input_ids": input_ids, "attention_mask": mask}
-    pictures = [picture for prompt in batch for picture in _pictures(adapter, prompt.sample)]
-    if pictures:
-        inputs |= adapter.token_inputs(input_ids) | adapter.picture_inputs(pictures)
+    questions = [
+        Question(
+            prompt.sample.messages,
+            [_open_rgb(prompt.sample, index) for index in range(len(prompt.sample.image_paths))],
+            prompt.input_ids,
+        )
+        for prompt in batch
+    ]
+    inputs = adapter.generation_inputs(questions)
     return {name: _place(tensor, model, device) for name, tensor in inputs.items()}
 
 
 def _place(tensor: torch.Tensor, model: Any, device: torch.device) -> torch.Tensor:
     return tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)
-
-
-def _pictures(adapter: ModelAdapter, sample: Sample) -> list[Picture]:
-    """The sample's pictures in the order of their marks, which is the order of their placeholders."""
-    marks = [part.index for message in sample.messages for part in message.content if isinstance(part, ImagePart)]
-    return [adapter.preprocess(_open_rgb(sample, index), num_images=len(sample.image_paths)) for index in marks]
 
 
 def _open_rgb(sample: Sample, index: int) -> Image.Image:
@@ -188,7 +180,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _answer(adapter: ModelAdapter, prompt: Prompt, ids: Sequence[int]) -> Answer:
+def _answer(adapter: GenerationAdapter, prompt: Prompt, ids: Sequence[int]) -> Answer:
     stops = [position for position, token in enumerate(ids) if token in adapter.stop_ids]
     kept = list(ids[: stops[0]]) if stops else list(ids)
     text = adapter.tokenizer.decode(kept, skip_special_tokens=True).strip()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mirage.errors import UserError
 from mirage.evals.generate import Decoding
 from mirage.evals.metrics import TaskResult
-from mirage.models.adapter import PreprocessingSpec
+from mirage.models.adapter import PreprocessingSpec, ProcessorSpec
 
 RESULTS_FILE = "results.json"
 SAMPLES_FILE = "samples.jsonl"
@@ -52,7 +52,7 @@ class Results(BaseModel):
     fingerprint: str
     judge: JudgeInfo
     decoding: Decoding
-    preprocessing: PreprocessingSpec
+    preprocessing: PreprocessingSpec | ProcessorSpec
     max_samples: int | None
     data_sha256: str
     baseline: BaselineInfo | None

@@ -81,10 +81,60 @@ class Segment:
     supervised: bool
 
 
-class ModelAdapter(ABC):
-    """One family's rules. Built by `load_model` around a tokenizer, a config and a `PreprocessingSpec`."""
+class ProcessorSpec(BaseModel):
+    """How a model with a processor of its own is asked: by that processor's files, named by their hash."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: Literal["generic"] = "generic"
+    model_type: str
+    processor_sha256: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a generation batch: the messages, `images[i]` (RGB) of `ImagePart(index=i)`, and the prompt's ids."""
+
+    messages: Sequence[Message]
+    images: Sequence[Image.Image]
+    input_ids: Sequence[int]
+
+
+class GenerationAdapter(ABC):
+    """What evaluation needs of a model: its prompt, the inputs of a batch of prompts, and where an answer ends."""
 
     family: ClassVar[str]
+    tokenizer: Any
+    # Written into results and into the key of every answer.
+    spec: PreprocessingSpec | ProcessorSpec
+
+    @abstractmethod
+    def prompt(self, messages: Sequence[Message], sizes: Sequence[tuple[int, int]]) -> RenderedText:
+        """The conversation up to where the answer begins. `sizes[i]` is (width, height) in pixels of image i."""
+
+    @abstractmethod
+    def generation_inputs(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """What `model.generate` takes for a batch, on the CPU: ids [B, L] padded on the left, their mask, pictures."""
+
+    @abstractmethod
+    def set_tile_budget(self, max_tiles: int) -> None:
+        """Evaluate with this many tiles a sample (`eval.max_tiles`). Raises `UserError` where there are no tiles."""
+
+    @property
+    @abstractmethod
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer."""
+
+    @property
+    @abstractmethod
+    def pad_id(self) -> int:
+        """Id that fills batches of prompts."""
+
+
+class ModelAdapter(GenerationAdapter):
+    """One family's rules. Built by `load_model` around a tokenizer, a config and a `PreprocessingSpec`."""
+
+    spec: PreprocessingSpec
     # Module-name prefixes (of the transformers class) that make up each group.
     groups: ClassVar[Mapping[str, tuple[str, ...]]]
     # Last part of the names of the linear layers that adapters may target, by group.
@@ -156,7 +206,31 @@ class ModelAdapter(ABC):
             labels[0] = IGNORE_INDEX
         return RenderedText(input_ids, labels, "".join(segment.text for segment in segments))
 
+    def prompt(self, messages: Sequence[Message], sizes: Sequence[tuple[int, int]]) -> RenderedText:
+        image_tokens = [self.num_image_tokens(width, height, num_images=len(sizes)) for width, height in sizes]
+        return self.render(messages, image_tokens, generation=True)
+
     # Positions and batches
+
+    def generation_inputs(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        length = max(len(question.input_ids) for question in questions)
+        input_ids = torch.full((len(questions), length), self.pad_id, dtype=torch.long)
+        mask = torch.zeros(len(questions), length, dtype=torch.long)
+        for row, question in enumerate(questions):
+            input_ids[row, length - len(question.input_ids) :] = torch.tensor(question.input_ids)
+            mask[row, length - len(question.input_ids) :] = 1
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        pictures = [
+            self.preprocess(question.images[index], num_images=len(question.images))
+            for question in questions
+            for index in image_order(question.messages)
+        ]
+        if pictures:
+            inputs |= self.token_inputs(input_ids) | self.picture_inputs(pictures)
+        return inputs
+
+    def set_tile_budget(self, max_tiles: int) -> None:
+        self.spec = self.spec.model_copy(update={"max_tiles": max_tiles})
 
     @abstractmethod
     def position_ids(self, input_ids: torch.Tensor, pictures: Sequence[Picture]) -> torch.Tensor:
@@ -221,8 +295,13 @@ class ModelAdapter(ABC):
         """Write the `preprocessor_config.json` that plain transformers and vLLM read."""
 
 
+def image_order(messages: Sequence[Message]) -> list[int]:
+    """Image numbers in the order of their marks, which is the order of their placeholders."""
+    return [part.index for message in messages for part in message.content if isinstance(part, ImagePart)]
+
+
 def check_image_marks(messages: Sequence[Message], image_tokens: Sequence[int]) -> None:
     """Raise `UserError` unless the messages mark each image exactly once."""
-    marks = [part.index for message in messages for part in message.content if isinstance(part, ImagePart)]
+    marks = image_order(messages)
     if sorted(marks) != list(range(len(image_tokens))):
         raise UserError(f"the messages mark images {marks} and the sample has {len(image_tokens)}")

@@ -26,7 +26,7 @@ def select_trainable(
         parameter.requires_grad_(config.lora is None and adapter.group_of(name) in config.train)
     if config.lora is None:
         return None
-    targets = adapter.lora_target_names([name for name, _ in model.named_modules()], config.lora.targets)
+    targets = adapter.lora_target_names(linear_layers(model), config.lora.targets)
     if not targets:
         raise UserError(f"model.lora.targets={','.join(config.lora.targets)} matches no linear layer")
     saved = [name for group in config.train for name in save_modules(model, adapter, group)]
@@ -44,6 +44,11 @@ def select_trainable(
         wrapped = get_peft_model(model, peft_config)
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
+
+
+def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    """The linear layers by name, quantised ones too; Qwen2-VL's patch embedding ends in `proj` and is a convolution."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
 def load_adapter_weights(peft_model: PeftModel, folder: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, InternVLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
 from mirage.config.schema import PreprocessingConfig
 from mirage.errors import UserError
-from mirage.models.adapter import ModelAdapter, PreprocessingSpec
+from mirage.models.adapter import GenerationAdapter, ModelAdapter, PreprocessingSpec
 from mirage.models.attention import choose_attention
 from mirage.models.dynamic_rope import forget_longer_sequences
 from mirage.models.internvl import InternVLAdapter, check_internvl_config
@@ -66,17 +66,57 @@ def load_adapter(
 
     Raises `UserError` for an unknown family.
     """
-    folder = base_folder(folder)
+    weights, folder = folder, base_folder(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if config.model_type not in FAMILIES:
-        known = ", ".join(sorted([*FAMILIES, PUBLISHED_INTERNVL]))
-        raise UserError(f"{folder / 'config.json'}: model_type {config.model_type!r} is not one of {known}")
+        raise _unknown(folder, config.model_type)
     adapter_class, _ = FAMILIES[config.model_type]
     # Weights alone load too: the model runs, only text cannot be rendered.
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code) if has_tokenizer else None
-    spec = _spec(adapter_class.family, folder, config, preprocessing)
+    # An adapter folder carries the spec it was trained with; its base may have another, or none.
+    spec = _spec(adapter_class.family, weights if PreprocessingSpec.load(weights) else folder, config, preprocessing)
     return adapter_class(tokenizer, config, spec)
+
+
+def _unknown(folder: Path, model_type: str) -> UserError:
+    from mirage.models.generic import is_known
+
+    known = ", ".join(sorted([*FAMILIES, PUBLISHED_INTERNVL]))
+    if is_known(model_type):
+        return UserError(
+            f"{folder / 'config.json'}: a {model_type!r} model can be evaluated (mirage evaluate) and not trained; "
+            f"MIRage trains {known}"
+        )
+    return UserError(f"{folder / 'config.json'}: model_type {model_type!r} is not one of {known}")
+
+
+@overload
+def load_model(
+    path: str | Path,
+    *,
+    preprocessing: PreprocessingConfig | None = None,
+    attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    evaluation: Literal[False] = False,
+) -> tuple[Any, ModelAdapter]: ...
+
+
+@overload
+def load_model(
+    path: str | Path,
+    *,
+    preprocessing: PreprocessingConfig | None = None,
+    attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    evaluation: Literal[True],
+) -> tuple[Any, GenerationAdapter]: ...
 
 
 def load_model(
@@ -88,13 +128,21 @@ def load_model(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Any, ModelAdapter]:
+    evaluation: bool = False,
+) -> tuple[Any, GenerationAdapter]:
     """(model, adapter) of a weights folder, a MIRage checkpoint, a peft adapter folder or a hub id.
 
     The model is the plain transformers class (or peft's wrapper of it) in evaluation mode and takes transformers'
-    usual arguments. `dtype` is the type of its weights.
+    usual arguments. `dtype` is the type of its weights. With `evaluation`, a model of no family of MIRage's own is
+    loaded too where transformers knows it, and asked through its own processor.
     """
     folder = find_weights(path, revision=revision)
+    if evaluation:
+        from mirage.models.generic import is_known, load_generic
+
+        config = AutoConfig.from_pretrained(base_folder(folder), local_files_only=True)
+        if config.model_type not in FAMILIES and is_known(config.model_type):
+            return load_generic(folder, config=config, dtype=dtype, device=device)
     adapter = load_adapter(folder, preprocessing=preprocessing, trust_remote_code=trust_remote_code)
     implementation, _ = choose_attention(attention, device_type=torch.device(device).type)
     if adapter.family == "internvl":

@@ -237,12 +237,11 @@ def parameter_counts(config: Any, adapter: ModelAdapter, model: ModelConfig) -> 
             largest = max(largest, parameter.numel())
     adapters: dict[str, int] = {}
     if model.lora is not None:
-        modules = dict(network.named_modules())
-        for name in adapter.lora_target_names(modules, model.lora.targets):
-            weight = modules[name].weight
+        layers = linear_layers(network)
+        for name in adapter.lora_target_names(layers, model.lora.targets):
             group = next(g for g in model.lora.targets if any(name.startswith(p) for p in adapter.groups[g]))
-            # A: [rank, in], B: [out, rank] (LoRA, arXiv:2106.09685, section 4.1); of a convolution, A has its kernel.
-            size_in, size_out = weight.numel() // weight.shape[0], weight.shape[0]
+            # A: [rank, in], B: [out, rank] (LoRA, arXiv:2106.09685, section 4.1).
+            size_in, size_out = layers[name].in_features, layers[name].out_features
             adapters[group] = adapters.get(group, 0) + model.lora.rank * (size_in + size_out)
             largest = max(largest, model.lora.rank * max(size_in, size_out))
     return ParameterCounts(total, trained, adapters, copies, largest)
