@@ -10,16 +10,24 @@ from typing import Any
 import torch
 
 from mirage.models.adapter import ModelAdapter
+from mirage.models.internvl_checkpoint import copy_published_files
 
 WRAPPER_PREFIX = "hf."
 
 
 def save_model(
-    model: Any, peft_model: Any, adapter: ModelAdapter, folder: Path, *, state_dict: dict[str, torch.Tensor]
+    model: Any,
+    peft_model: Any,
+    adapter: ModelAdapter,
+    folder: Path,
+    *,
+    state_dict: dict[str, torch.Tensor],
+    base: Path,
 ) -> None:
     """Write consolidated safetensors (full) or the peft adapter (LoRA), tokenizer, processor and spec into `folder`.
 
-    `state_dict` is the gathered state of `PackedLossModel`, whose parameter names begin with `hf.`.
+    `state_dict` is the gathered state of `PackedLossModel`, whose parameter names begin with `hf.`. `base` is the
+    folder trained from; the published originals it carries go along, so that full weights can be published again.
     """
     folder.mkdir(parents=True)
     state = {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in state_dict.items()}
@@ -30,6 +38,7 @@ def save_model(
         (folder / "README.md").unlink(missing_ok=True)
     else:
         model.save_pretrained(folder, state_dict=state)
+        copy_published_files(base, folder)
     adapter.save_files(folder)
 
 
@@ -46,4 +55,5 @@ def link_untouched_model(base: Path, folder: Path, adapter: ModelAdapter) -> Non
                 (folder / path.name).symlink_to(path.resolve())
         else:
             shutil.copyfile(path, folder / path.name)
+    copy_published_files(base, folder)
     adapter.save_files(folder)

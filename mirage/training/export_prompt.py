@@ -15,7 +15,11 @@ QUESTION = "What does the picture show? Answer in one sentence."
 def export_prompt(adapter: ModelAdapter) -> dict[str, torch.Tensor]:
     """Model inputs of one picture and one question: ids [1, L] and pixels float32, on the CPU. Always the same."""
     ramp = np.linspace(0, 255, 64, dtype=np.uint8)
-    channels = (np.broadcast_to(ramp, (64, 64)), np.broadcast_to(ramp[:, None], (64, 64)), np.full((64, 64), 96, np.uint8))
+    channels = (
+        np.broadcast_to(ramp, (64, 64)),
+        np.broadcast_to(ramp[:, None], (64, 64)),
+        np.full((64, 64), 96, np.uint8),
+    )
     image = Image.fromarray(np.stack(channels, axis=-1))
     picture = adapter.preprocess(image, num_images=1)
     message = Message(role="user", content=(ImagePart(index=0), TextPart(text=QUESTION)))

@@ -221,6 +221,7 @@ def plan_adapter(recipe: Recipe, config: Any, tokenizer: Any = None) -> ModelAda
 
 def parameter_counts(config: Any, adapter: ModelAdapter, model: ModelConfig) -> ParameterCounts:
     """Count the parameters of a model with this config, and what `model.train` and `model.lora` train of it."""
+    from mirage.models.lora import linear_layers
     from mirage.models.registry import FAMILIES
 
     _, model_class = FAMILIES[model.family]

@@ -277,7 +277,7 @@ class Trainer:
         save_optimizer_state(self.engine, aside / "resume", rank=self.rank, world_size=self.world_size)
         state = self._accelerator.get_state_dict(self.engine)
         if self.is_main:
-            save_model(self.model, self.peft_model, self.adapter, aside / "model", state_dict=state)
+            save_model(self.model, self.peft_model, self.adapter, aside / "model", state_dict=state, base=self.base)
             resolved = resolved_json(self.recipe)
             (aside / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
             summary = {"step": self.step, "world_size": self.world_size, "recipe_hash": recipe_hash(self.recipe)}

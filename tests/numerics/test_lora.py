@@ -109,7 +109,8 @@ def test_projector_in_full_beside_adapters_is_counted_once(tiny_folders, family)
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("train", "targets"), [((), ("language",)), (("projector",), ("language",)), (("projector",), ("vision", "language"))]
+    ("train", "targets"),
+    [((), ("language",)), (("projector",), ("language",)), (("projector",), ("vision", "language"))],
 )
 def test_saved_adapter_loads_in_plain_peft_with_equal_logits(tiny_folders, tmp_path, family, train, targets):
     model, adapter, wrapped = prepared(tiny_folders[family], train=train, targets=targets)
