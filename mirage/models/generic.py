@@ -111,7 +111,9 @@ def load_generic(
             folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
         )
     except (ValueError, ImportError, OSError) as error:
-        raise UserError(f"{folder}: transformers cannot load this {config.model_type} model: {_reason(error)}") from error
+        raise UserError(
+            f"{folder}: transformers cannot load this {config.model_type} model: {_reason(error)}"
+        ) from error
     return model.to(device).eval(), adapter
 
 
@@ -135,7 +137,9 @@ def load_processor(folder: Path, model_type: str) -> Any:
     if getattr(processor, "chat_template", None) is None:
         processor.chat_template = processor.tokenizer.chat_template
     if processor.chat_template is None:
-        raise UserError(f"{folder} holds no chat template (chat_template.jinja); MIRage cannot ask the model without one")
+        raise UserError(
+            f"{folder} holds no chat template (chat_template.jinja); MIRage cannot ask the model without one"
+        )
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor

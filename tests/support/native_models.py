@@ -147,7 +147,8 @@ def _families(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
         },
         "gemma3": {
             "config": {"text_config": {**TEXT, "model_type": "gemma3_text", "sliding_window": 64},
-                       "vision_config": _siglip(), "mm_tokens_per_image": 4, "image_token_index": ids("<image_soft_token>"),
+                       "vision_config": _siglip(), "mm_tokens_per_image": 4,
+                       "image_token_index": ids("<image_soft_token>"),
                        "image_token_id": ids("<image_soft_token>"), "boi_token_index": ids("<start_of_image>"),
                        "eoi_token_index": ids("<end_of_image>")},
             "images": {"image_processor_type": "Gemma3ImageProcessor", "size": square},
@@ -157,8 +158,9 @@ def _families(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
                       "image_token": "<image_soft_token>"},
         },
         "aya_vision": {
-            "config": {"text_config": {**TEXT, "model_type": "cohere2", "sliding_window": 64}, "vision_config": _siglip(),
-                       "image_token_index": ids("<|IMG_PATCH|>"), "image_token_id": ids("<|IMG_PATCH|>"),
+            "config": {"text_config": {**TEXT, "model_type": "cohere2", "sliding_window": 64},
+                       "vision_config": _siglip(), "image_token_index": ids("<|IMG_PATCH|>"),
+                       "image_token_id": ids("<|IMG_PATCH|>"),
                        "downsample_factor": 2, "adapter_layer_norm_eps": 1e-6, "vision_feature_layer": -1},
             "images": {"image_processor_type": "GotOcr2ImageProcessor", "size": square, "crop_to_patches": True,
                        "max_patches": 4},
