@@ -170,7 +170,7 @@ def test_missing_processes_are_noticed_with_the_command_to_run() -> None:
 )
 def test_contradictions_name_both_places(setting: str, value: Any, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_launch(load_recipe([TINY]), asked(**{setting: value}), world_size=1)
+        check_launch(load_recipe([TINY, "train.precision=fp32"]), asked(**{setting: value}), world_size=1)
     assert said in str(caught.value) and f"--{setting}" in str(caught.value)
 
 
@@ -234,7 +234,8 @@ def test_deepspeed_configuration_of_a_full_run() -> None:
 
 
 def test_deepspeed_configuration_follows_the_recipe() -> None:
-    recipe = load_recipe([TINY, "train.zero_stage=2", "train.offload_optimizer=true", "train.clip_norm=0.5"])
+    settings = ["train.precision=fp32", "train.zero_stage=2", "train.offload_optimizer=true", "train.clip_norm=0.5"]
+    recipe = load_recipe([TINY, *settings])
     config = deepspeed_config(recipe, world_size=2, has_gpu=False)
     assert config["gradient_clipping"] == 0.5 and config["bf16"] == {"enabled": False} and "data_types" not in config
     zero = config["zero_optimization"]
