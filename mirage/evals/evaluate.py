@@ -36,6 +36,7 @@ from mirage.evals.results import (
 )
 from mirage.evals.task import Task, score_answer
 from mirage.models import GenerationAdapter, load_model
+from mirage.models.registry import find_weights, known_family, load_adapter
 from mirage.tracking.console import make_console
 from mirage.training.checkpoint import LEASE_SUFFIX, NAME, ready_checkpoints
 
@@ -243,6 +244,8 @@ def run(path: str | Path, settings: Sequence[str] = ()) -> int:
     checkpoint = _newest_checkpoint(given) or given
     run_dir = checkpoint.parent if NAME.match(checkpoint.name) else None
     recipe = _recipe_of(run_dir)
+    taught, rest = _preprocessing_settings(rest)
+    _check_preprocessing(checkpoint, recipe.get("preprocessing"), taught)
     config = load_section("eval", rest, base=recipe.get("eval"))
     assert isinstance(config, EvalConfig)
     data_dir = config.data_dir or Path(recipe.get("data", {}).get("dir") or DataConfig().dir)
@@ -276,6 +279,30 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The settings that are no keys of the recipe, and the others."""
     own = {key: text for key, _, text in (item.partition("=") for item in settings) if key in _OWN_SETTINGS}
     return own, [item for item in settings if item.partition("=")[0] not in _OWN_SETTINGS]
+
+
+def _preprocessing_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The settings of the recipe's preprocessing section, without its name, and the others."""
+    prefix = "preprocessing."
+    taught = [item.removeprefix(prefix) for item in settings if item.startswith(prefix)]
+    return taught, [item for item in settings if not item.startswith(prefix)]
+
+
+def _check_preprocessing(checkpoint: Path, recorded: dict[str, Any] | None, settings: Sequence[str]) -> None:
+    """Evaluation takes the checkpoint's preprocessing. Raises `UserError` where the run or the command says otherwise."""
+    if not recorded and not settings:
+        return
+    folder = find_weights(checkpoint)
+    if known_family(folder) is None:
+        raise UserError(f"preprocessing settings have no effect on {folder}, which is asked through its own processor")
+    spec = load_adapter(folder).spec
+    if recorded:
+        spec.check(recorded, folder=folder, source="the run's recipe.json")
+    if settings:
+        asked = load_section("preprocessing", settings, base=None)
+        names = {item.partition("=")[0] for item in settings}
+        given = {key: value for key, value in asked.model_dump().items() if key in names}
+        spec.check(given, folder=folder, source="the command")
 
 
 def _device(name: str | None) -> torch.device:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mirage.data.row import ImagePart, Message
 from mirage.errors import UserError
@@ -44,7 +44,26 @@ class PreprocessingSpec(BaseModel):
     def load(cls, folder: Path) -> PreprocessingSpec | None:
         """The folder's spec, or None when it has none (weights that MIRage did not write)."""
         path = folder / SPEC_FILE
-        return cls.model_validate_json(path.read_text()) if path.exists() else None
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "file"
+            raise UserError(f"{path}: {key}: {first['msg']}; the checkpoint is damaged") from error
+
+    def check(self, settings: Mapping[str, Any], *, folder: Path, source: str) -> None:
+        """Raise `UserError` with both values of every setting that `settings` (from `source`) has otherwise."""
+        own = self.model_dump()
+        wrong = [
+            f"preprocessing.{key} is {own[key]!r} there and {settings[key]!r} in {source}"
+            for key in own
+            if key in settings and settings[key] != own[key]
+        ]
+        if wrong:
+            raise UserError(
+                f"{folder} was made with other preprocessing: {'; '.join(wrong)}. "
+                "A model is asked as it was taught; leave these settings as the checkpoint has them"
+            )
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,8 @@ class InternVLAdapter(ModelAdapter):
             "image_std": list(IMAGE_STD),
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        processor = {"processor_class": "InternVLProcessor", "image_seq_length": self.tokens_per_tile}
+        (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 def leading_images(message: Message) -> int:

@@ -129,7 +129,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     config = _read_object(path)
     if config.get("tokenizer_class") not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         return
-    named = config.pop("model_specific_special_tokens", None) or {}
+    named = _processor_tokens(tokenizer) | (config.pop("model_specific_special_tokens", None) or {})
     extras = config.pop("extra_special_tokens", None) or []
     for name in [*named, "is_local", "local_files_only"]:
         config.pop(name, None)
@@ -137,6 +137,23 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         tokenizer_class="PreTrainedTokenizerFast", additional_special_tokens=extras, extra_special_tokens=named
     )
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _processor_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """The tokens that transformers' `InternVLProcessor` asks the tokenizer for by name.
+
+    A vocabulary without a video mark names one that no text holds before it is expanded: a token that is not there
+    would get an id that the embedding does not have.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if "<IMG_CONTEXT>" not in vocabulary:
+        return {}
+    return {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>" if "<video>" in vocabulary else "</img>",
+    }
 
 
 def read_sentencepiece(path: Path) -> Any:

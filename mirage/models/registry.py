@@ -79,6 +79,12 @@ def load_adapter(
     return adapter_class(tokenizer, config, spec)
 
 
+def known_family(folder: Path) -> str | None:
+    """The family of a weights folder, None where MIRage has no adapter of its own for it."""
+    model_type = _read_json(base_folder(folder) / "config.json").get("model_type")
+    return FAMILIES[model_type][0].family if model_type in FAMILIES else None
+
+
 def _unknown(folder: Path, model_type: str) -> UserError:
     from mirage.models.generic import is_known
 

@@ -29,10 +29,9 @@ from mirage.training.export import link_untouched_model, save_model
 from mirage.training.loss import PackedLossModel
 from mirage.training.optim import build_optimizer, learning_rate
 from mirage.training.optimizer_state import load_optimizer_state, save_optimizer_state
+from mirage.training.resume import check_same_run
 from mirage.training.weights import find_base
 
-# What may differ when a run is continued: it changes no weight.
-FREE_SECTIONS = ("tracking", "eval", "checkpoint", "run_dir")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -92,27 +91,8 @@ class Trainer:
                 f"another process is training in {self.run_dir}; wait for it or choose another run_dir"
             ) from error
         checkpoints.remove_torn(self.run_dir)
-        self._check_same_recipe()
-
-    def _check_same_recipe(self) -> None:
-        file = self.run_dir / "recipe.json"
-        now = json.loads(resolved_json(self.recipe))
-        if file.exists() and checkpoints.last_resumable(self.run_dir):
-            before = json.loads(file.read_text(encoding="utf-8"))
-            changed = [
-                f"{section}.{key}" if isinstance(value, dict) else section
-                for section, value in now.items()
-                if section not in FREE_SECTIONS
-                for key in (value if isinstance(value, dict) else [section])
-                if (value[key] if isinstance(value, dict) else value)
-                != (before.get(section, {}).get(key) if isinstance(value, dict) else before.get(section))
-            ]
-            if changed:
-                raise UserError(
-                    f"{self.run_dir} holds a run with other settings ({', '.join(changed)}); "
-                    "continue it with the same ones, or set run_dir to a new folder"
-                )
-        checkpoints.write_atomic(file, resolved_json(self.recipe) + "\n")
+        check_same_run(self.run_dir, self.recipe)
+        checkpoints.write_atomic(self.run_dir / "recipe.json", resolved_json(self.recipe) + "\n")
 
     def _load_data(self) -> tuple[list[SourcedRow], LengthIndex]:
         """Base model's folder, rows and length index; the ledger is written by the main rank."""

@@ -1,0 +1,58 @@
+"""Whether a run folder may be continued with a recipe: same settings, same preprocessing as its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mirage.config.loader import resolved_json
+from mirage.config.schema import Recipe
+from mirage.errors import UserError
+from mirage.models.adapter import PreprocessingSpec
+from mirage.training.checkpoint import last_resumable
+
+# What may differ when a run is continued: it changes no weight.
+FREE_SECTIONS = ("tracking", "eval", "checkpoint", "run_dir")
+
+
+def check_same_run(run_dir: Path, recipe: Recipe) -> None:
+    """Raise `UserError` naming every setting, with both values, that the run in `run_dir` has otherwise.
+
+    A folder without a checkpoint to continue from takes any recipe.
+    """
+    last = last_resumable(run_dir)
+    if last is None:
+        return
+    file = run_dir / "recipe.json"
+    if file.exists():
+        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(resolved_json(recipe))
+        changed = list(_changes(before, now))
+        if changed:
+            raise UserError(
+                f"{run_dir} holds a run with other settings: {'; '.join(changed)}. "
+                "Continue it with the same ones, or set run_dir to a new folder"
+            )
+    spec = PreprocessingSpec.load(last / "model")
+    if spec is not None:
+        spec.check(recipe.preprocessing.model_dump(), folder=last / "model", source="the recipe")
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for section, value in now.items():
+        if section in FREE_SECTIONS:
+            continue
+        old = before.get(section)
+        if not isinstance(value, dict):
+            if value != old:
+                yield f"{section} was {_shown(old)}, is {_shown(value)}"
+            continue
+        for key, item in value.items():
+            was = old.get(key) if isinstance(old, dict) else None
+            if item != was:
+                yield f"{section}.{key} was {_shown(was)}, is {_shown(item)}"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
