@@ -96,6 +96,28 @@ def report(args: list[str]) -> int:
     return 0
 
 
+def convert(args: list[str]) -> int:
+    """Convert InternVL weights between the published layout and transformers' own, bit for bit.
+
+    --check reads the result back and compares every tensor; --image-token-id N says which id marks an image where the
+    folder has no tokenizer; --max-shard-gb N sets the size of an output file (5).
+    """
+    from mirage.models.convert_cli import convert_command
+
+    return convert_command(args)
+
+
+def export(args: list[str]) -> int:
+    """Write a checkpoint's model as a folder that plain transformers or peft loads, and prove it by reloading it.
+
+    CHECKPOINT is a checkpoint, a run folder (its newest checkpoint) or weights. --merge adds a LoRA adapter to its
+    base model's weights; --layout published writes InternVL's own layout (default native).
+    """
+    from mirage.training.export_cli import export_command
+
+    return export_command(args)
+
+
 VERBS = {
     "train": Verb(train, "recipe=NAME [key=value ...] [--dry-run]", "train a recipe in this process"),
     "evaluate": Verb(
@@ -103,6 +125,12 @@ VERBS = {
     ),
     "plan": Verb(plan, "recipe=NAME [key=value ...] [gpus=8] [gpu_memory=80GB]", "parameters, steps and memory a GPU"),
     "report": Verb(report, "RUN_DIR", "a run's results as Markdown"),
+    "convert": Verb(
+        convert, "SRC DST --layout native|published [--check] ...", "InternVL weights between their two layouts"
+    ),
+    "export": Verb(
+        export, "CHECKPOINT DST [--merge] [--layout native|published]", "a checkpoint as a folder to give away"
+    ),
     "recipes": Verb(recipes, "[--keys]", "list the recipes, or every key of one"),
     "tasks": Verb(tasks, "", "list the evaluation tasks"),
 }

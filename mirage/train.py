@@ -35,9 +35,10 @@ def main(args: list[str] | None = None) -> int:
     from mirage.evals.hook import EvalCallback
     from mirage.tracking.callback import TrackingCallback
     from mirage.tracking.console import ConsoleCallback
+    from mirage.training.export_callback import ExportCallback
     from mirage.training.trainer import Trainer
 
-    Trainer(recipe, [ConsoleCallback(), TrackingCallback(), EvalCallback()]).fit()
+    Trainer(recipe, [ConsoleCallback(), TrackingCallback(), EvalCallback(), ExportCallback()]).fit()
     return 0
 
 

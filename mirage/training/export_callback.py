@@ -1,0 +1,93 @@
+"""The end of a run: its last checkpoint passes the export gate, and a published model is written in both layouts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mirage.models.export_gate import ExportError, check_export
+from mirage.models.internvl_checkpoint import ORIGINALS, convert
+from mirage.tracking.console import make_console
+from mirage.training.callbacks import Callback
+from mirage.training.checkpoint import read_ready, ready_checkpoints, write_atomic
+from mirage.training.distributed import plain_loading, sum_over_ranks
+from mirage.training.export_prompt import TOLERANCES, export_prompt, logits_of
+
+if TYPE_CHECKING:
+    from mirage.training.trainer import Trainer
+
+EXPORT_DIR = "export"
+SUMMARY_FILE = "export.json"
+
+
+class ExportCallback(Callback):
+    """Fills `run_dir/export` after the last checkpoint, and stops the run with an error if an export is not the model.
+
+    `native` is a link to the checkpoint's `model/` (full weights or adapter). A run in full on a model that came in
+    the published InternVL layout gets `published` beside it. Each is reloaded by plain transformers (and peft) on the
+    CPU and compared with the weights in memory on one short prompt; the summary is `export.json`.
+    """
+
+    def on_end(self, trainer: Trainer) -> None:
+        """All ranks run the model in memory; rank 0 writes, reloads and compares. An export already checked stays."""
+        checkpoint = ready_checkpoints(trainer.run_dir)[-1]
+        folder = trainer.run_dir / EXPORT_DIR
+        if _is_done(folder, checkpoint):
+            return
+        inputs = export_prompt(trainer.adapter, dtype=trainer.model.dtype)
+        reference = logits_of(trainer.engine.module.hf, inputs, device=trainer.device)
+        error: BaseException | None = None
+        if trainer.is_main:
+            try:
+                with plain_loading():
+                    _export(trainer, checkpoint, folder, inputs, reference)
+            except Exception as raised:  # the other ranks wait below and must hear of any failure
+                error = raised
+        # One sum that all ranks take part in, so that none waits for a rank that has failed.
+        failed = sum_over_ranks([float(error is not None)], trainer.device)[0] > 0
+        if error is not None:
+            raise error
+        if failed:
+            raise ExportError("the first rank could not export the trained model; its message says why")
+
+
+def _is_done(folder: Path, checkpoint: Path) -> bool:
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    ready = read_ready(checkpoint)
+    return ready is not None and summary.get("fingerprint") == ready["fingerprint"]
+
+
+def _export(
+    trainer: Trainer, checkpoint: Path, folder: Path, inputs: dict[str, torch.Tensor], reference: torch.Tensor
+) -> None:
+    """Write and check every layout, then the summary. Raises `ExportError` or `UserError`."""
+    model_dir = checkpoint / "model"
+    dtype = trainer.model.dtype
+    base = trainer.base if trainer.peft_model is not None else None
+    gate: dict[str, Any] = {"inputs": inputs, "reference_logits": reference, "dtype": dtype}
+    gate["tolerance"] = TOLERANCES[dtype]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    differences = {"native": check_export(model_dir, base=base, **gate)}
+    (folder / "native").symlink_to(os.path.relpath(model_dir, folder), target_is_directory=True)
+    if trainer.peft_model is None and (model_dir / ORIGINALS / "config.json").exists():
+        convert(model_dir, folder / "published", layout="published", check=True)
+        differences["published"] = check_export(folder / "published", **gate)
+    ready = read_ready(checkpoint)
+    summary = {
+        "checkpoint": checkpoint.name,
+        "fingerprint": ready["fingerprint"] if ready else None,
+        # Largest difference of a logit from the model in memory, over the largest logit.
+        "logit_differences": differences,
+    }
+    write_atomic(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    found = ", ".join(f"{layout} (logits within {difference:.0e})" for layout, difference in differences.items())
+    make_console(trainer.recipe.tracking.console).print(f"exported to {folder}: {found}")
