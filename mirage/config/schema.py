@@ -112,7 +112,9 @@ class PreprocessingConfig(_Section):
     @model_validator(mode="after")
     def _pixel_range(self) -> PreprocessingConfig:
         if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+            raise ValueError(
+                f"preprocessing.min_pixels={self.min_pixels} is above preprocessing.max_pixels={self.max_pixels}"
+            )
         return self
 
 
@@ -188,8 +190,8 @@ class TrainConfig(_Section):
     """Weight of a token: 1, 1/n or 1/sqrt(n) with n the sample's supervised tokens (square is InternVL's)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations; optimiser state is fp32 either way."""
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    """DeepSpeed ZeRO stage: what is sharded over ranks (3: weights, gradients and optimiser state)."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """DeepSpeed ZeRO stage: sharded are optimiser state (1), gradients too (2), weights too (3)."""
     offload_optimizer: bool = False
     """Keep optimiser state in CPU memory."""
     gradient_checkpointing: bool = True
@@ -200,15 +202,6 @@ class TrainConfig(_Section):
     """Seed of the data order, of adapters' initial weights and of a tiny model."""
     log_every: int = Field(default=1, gt=0)
     """Optimiser steps between two lines of metrics."""
-
-    @model_validator(mode="after")
-    def _bf16_is_sharded(self) -> TrainConfig:
-        # DeepSpeed 0.19's bf16 optimiser without ZeRO steps AdamW once on zeros when it is built, and sums in bf16.
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError(
-                "train.zero_stage=0 needs train.precision=fp32; in bf16 take stage 1, the same on one process"
-            )
-        return self
 
 
 class CheckpointConfig(_Section):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -35,9 +36,9 @@ def save_optimizer_state(engine: Any, folder: Path, *, rank: int, world_size: in
     tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
     for number, (name, parameter) in enumerate(_trained(engine)):
         state = {MASTER: safe_get_full_fp32_param(parameter)}
-        state |= {key: _full_moment(engine, parameter, key) for key in MOMENTS}
+        state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         if number % world_size == rank:
-            tensors |= {f"{name}/{key}": _host(value, parameter) for key, value in state.items()}
+            tensors |= {f"{name}/{key}": _host(value) for key, value in state.items()}
     save_file(tensors, folder / f"rank-{rank:05d}.safetensors")
 
 
@@ -52,27 +53,15 @@ def load_optimizer_state(engine: Any, folder: Path, *, num_steps: int, rank: int
     for name, parameter in _trained(engine):
         for key in (MASTER, *MOMENTS):
             full_name = f"{name}/{key}"
-            _set(parameter, key, files[where[full_name]].get_tensor(full_name), engine)
+            _set(parameter, key, files[where[full_name]].get_tensor(full_name))
     own = folder / f"rank-{rank:05d}.safetensors"
     if own.exists():
         with safe_open(own, framework="pt") as tensors:
             torch.set_rng_state(tensors.get_tensor("rng"))
 
 
-def _host(value: torch.Tensor | None, parameter: torch.nn.Parameter) -> torch.Tensor:
-    tensor = parameter.detach() if value is None else value.detach()
-    return tensor.to("cpu", torch.float32, copy=True).contiguous()
-
-
-def _plain_state(engine: Any, parameter: torch.nn.Parameter) -> dict[str, Any] | None:
-    """The state dict of an unsharded parameter (ZeRO stage 0 in fp32: torch's own optimiser), else None."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    return optimizer.state.get(parameter)
-
-
-def _full_moment(engine: Any, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-    plain = _plain_state(engine, parameter)
-    return plain[key] if plain else safe_get_full_optimizer_state(parameter, key)
+def _host(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _flat_partitions(engine: Any) -> list[torch.Tensor]:
@@ -81,12 +70,12 @@ def _flat_partitions(engine: Any) -> list[torch.Tensor]:
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))
-    return [parameter for _, parameter in _trained(engine)]
+    raise RuntimeError(f"DeepSpeed's {type(optimizer).__name__} shards its state in a way that is not known here")
 
 
 def _create_moments(engine: Any, num_steps: int) -> None:
     # A fresh engine has no moments before its first step; AdamW's own layout of them.
-    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    base = engine.optimizer.optimizer
     for flat in _flat_partitions(engine):
         moments = {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
         base.state[flat] = {"step": torch.tensor(float(num_steps)), **moments}
@@ -94,13 +83,16 @@ def _create_moments(engine: Any, num_steps: int) -> None:
 
 
 def _link_moments(engine: Any) -> None:
-    # ZeRO-1/2 connect parameters with their slices of the moments only when asked to.
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        link()
+    # ZeRO-1/2 connect parameters with their slices of the moments late, and in 0.19 only those of the first group.
+    optimizer = engine.optimizer
+    groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None)
+    if groups is None or hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return
+    for parameters, flat in zip(groups, _flat_partitions(engine)):
+        lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.optimizer.state)
 
 
-def _set(parameter: torch.nn.Parameter, key: str, value: torch.Tensor, engine: Any) -> None:
+def _set(parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
     value = value.to(parameter.device)
     if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's slice of the flattened tensor, padded at the end
         size = parameter.ds_tensor.numel()
@@ -113,11 +105,7 @@ def _set(parameter: torch.nn.Parameter, key: str, value: torch.Tensor, engine: A
         else:
             safe_set_local_optimizer_state(parameter, flat, key)
         return
-    plain = _plain_state(engine, parameter)
-    if plain is not None:
-        if key != MASTER:
-            plain[key].copy_(value)
-    elif key == MASTER:
+    if key == MASTER:
         safe_set_full_fp32_param(parameter, value)
     else:
         safe_set_full_optimizer_state(parameter, value, key)

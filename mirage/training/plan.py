@@ -305,14 +305,12 @@ def state_bytes_per_parameter(recipe: Recipe) -> dict[str, int]:
     """Bytes that a trained parameter costs before sharding: weight, gradient, fp32 master copy, two AdamW moments.
 
     bf16 under ZeRO: 2 + 4 + 4 + 8 = 18 (gradients are summed in fp32). fp32 under ZeRO: 4 + 4 + 4 + 8 = 20, for
-    DeepSpeed keeps its flat copy of the weights there too. fp32 at stage 0: 16, without that copy.
+    DeepSpeed keeps its flat copy of the weights there too.
     """
-    train = recipe.train
-    master = 0 if train.zero_stage == 0 else 4
     return {
-        "weights": _BYTES[train.precision],
+        "weights": _BYTES[recipe.train.precision],
         "gradients": 4,
-        "master weights": master,
+        "master weights": 4,
         "AdamW moments": 8,
     }
 
@@ -358,8 +356,6 @@ def memory_plan(
 
 def _communication_bytes(counts: ParameterCounts, recipe: Recipe, per_parameter: Mapping[str, int]) -> int:
     zero = deepspeed_config(recipe, world_size=1, has_gpu=True)["zero_optimization"]
-    if recipe.train.zero_stage == 0:
-        return 0
     # Gradients travel in fp32, in two buckets when communication overlaps computation; one larger than a bucket
     # (embedding, head) is converted whole.
     gradient = 4 * min(counts.num_trained, 2 * zero["reduce_bucket_size"])

@@ -110,7 +110,7 @@ def test_file_values_are_read_by_type_too(recipe_file: Path) -> None:
         ("train.max_steps=none", "write null for no value"),
         ("tracking.entity=None", 'write null for no value, or "none" in quotes for the word'),
         ("train.precision=fp8", "must be one of bf16, fp32, found 'fp8'"),
-        ("train.zero_stage=4", "must be one of 0, 1, 2, 3, found '4'"),
+        ("train.zero_stage=4", "must be one of 1, 2, 3, found '4'"),
         ("train.betas=0.9", "must have 2 items, found 1"),
         ("model.train=vision,eyes", "must be one of vision, projector, language, found 'eyes'"),
         ("preprocessing.thumbnail=maybe", "must be true or false"),
@@ -346,9 +346,12 @@ def test_rule_between_keys_points_to_the_override(recipe_file: Path) -> None:
     assert "\n  model.path=/w  give either model.path or model.tiny, not both\n" in message(
         "recipe=tiny_internvl_mis", "model.path=/w"
     )
-    assert "\n  train.zero_stage=0  train.zero_stage=0 needs" in message(f"recipe={recipe_file}", "train.zero_stage=0")
-    recipe_file.write_text(BASE + "train: {zero_stage: 0}\n")
-    assert f"{recipe_file}:5: train  train.zero_stage=0 needs" in message(f"recipe={recipe_file}")
+    override = "preprocessing.min_pixels=9999999"
+    assert f"\n  {override}  preprocessing.min_pixels=9999999 is above" in message(f"recipe={recipe_file}", override)
+    recipe_file.write_text(BASE + "preprocessing: {min_pixels: 9999999}\n")
+    assert f"{recipe_file}:5: preprocessing  preprocessing.min_pixels=9999999 is above" in message(
+        f"recipe={recipe_file}"
+    )
 
 
 @pytest.mark.parametrize(
