@@ -17,6 +17,7 @@ from mirage.models.attention import choose_attention
 from mirage.models.dynamic_rope import forget_longer_sequences
 from mirage.models.internvl import InternVLAdapter, check_internvl_config
 from mirage.models.qwen2_vl import Qwen2VLAdapter
+from mirage.models.strict_loading import load_peft, load_whole
 
 # transformers' model_type -> (adapter, model class). A new family is one line here and one file beside this one.
 FAMILIES: dict[str, tuple[type[ModelAdapter], Any]] = {
@@ -55,7 +56,9 @@ def find_weights(path: str | Path, *, revision: str | None = None) -> Path:
 
         return native_folder(folder, cache_dir() / "converted")
     if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no .safetensors weights; MIRage reads no other format")
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        found = f" but pickles ({pickles[0]})" if pickles else ""
+        raise UserError(f"{folder} holds no .safetensors weights{found}; MIRage reads no other format")
     return folder
 
 
@@ -67,9 +70,10 @@ def load_adapter(
     Raises `UserError` for an unknown family.
     """
     weights, folder = folder, base_folder(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if config.model_type not in FAMILIES:
-        raise _unknown(folder, config.model_type)
+    raw = _read_json(folder / "config.json")
+    if raw.get("model_type") not in FAMILIES:
+        raise _unknown(folder, raw)
+    config = _read_config(folder)
     adapter_class, _ = FAMILIES[config.model_type]
     # Weights alone load too: the model runs, only text cannot be rendered.
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
@@ -85,16 +89,27 @@ def known_family(folder: Path) -> str | None:
     return FAMILIES[model_type][0].family if model_type in FAMILIES else None
 
 
-def _unknown(folder: Path, model_type: str) -> UserError:
+def _read_config(folder: Path) -> Any:
+    """The config of a folder whose model_type transformers knows; no code that comes with it is run."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a config that does not fit
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / 'config.json'}: is not a usable config ({reason})") from error
+
+
+def _unknown(folder: Path, raw: dict[str, Any]) -> UserError:
     from mirage.models.generic import is_known
 
+    model_type = raw.get("model_type")
     known = ", ".join(sorted([*FAMILIES, PUBLISHED_INTERNVL]))
-    if is_known(model_type):
+    if isinstance(model_type, str) and is_known(model_type):
         return UserError(
             f"{folder / 'config.json'}: a {model_type!r} model can be evaluated (mirage evaluate) and not trained; "
             f"MIRage trains {known}"
         )
-    return UserError(f"{folder / 'config.json'}: model_type {model_type!r} is not one of {known}")
+    code = ", and it asks for remote code (auto_map), which MIRage does not run" if raw.get("auto_map") else ""
+    return UserError(f"{folder / 'config.json'}: model_type {model_type!r} is not one of {known}{code}")
 
 
 @overload
@@ -146,21 +161,18 @@ def load_model(
     if evaluation:
         from mirage.models.generic import is_known, load_generic
 
-        config = AutoConfig.from_pretrained(base_folder(folder), local_files_only=True)
-        if config.model_type not in FAMILIES and is_known(config.model_type):
+        model_type = _read_json(base_folder(folder) / "config.json").get("model_type")
+        if model_type not in FAMILIES and is_known(str(model_type)):
+            config = _read_config(base_folder(folder))
             return load_generic(folder, config=config, dtype=dtype, device=device)
     adapter = load_adapter(folder, preprocessing=preprocessing, trust_remote_code=trust_remote_code)
     implementation, _ = choose_attention(attention, device_type=torch.device(device).type)
     if adapter.family == "internvl":
         check_internvl_config(adapter.config)
     _, model_class = FAMILIES[adapter.config.model_type]
-    model = model_class.from_pretrained(
-        base_folder(folder), dtype=dtype, attn_implementation=implementation, use_safetensors=True
-    )
+    model = load_whole(model_class, base_folder(folder), dtype=dtype, attention=implementation)
     if (folder / "adapter_config.json").exists():
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, folder)
+        model = load_peft(model, folder)
     forget_longer_sequences(model)
     if adapter.tokenizer is not None:
         model.generation_config.eos_token_id = adapter.stop_ids
@@ -173,7 +185,10 @@ def base_folder(folder: Path) -> Path:
     adapter_file = folder / "adapter_config.json"
     if not adapter_file.exists():
         return folder
-    base = Path(_read_json(adapter_file)["base_model_name_or_path"])
+    name = _read_json(adapter_file).get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise UserError(f"{adapter_file}: names no base_model_name_or_path; write the base model's folder there")
+    base = Path(name)
     if not base.exists():
         raise UserError(f"{adapter_file}: the base model {base} is not there; edit base_model_name_or_path")
     return base
@@ -201,9 +216,14 @@ def _edge(size: Any) -> int:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -32,7 +32,10 @@ def export(checkpoint: Path, dst: Path, *, layout: Layout = "native", merge: boo
     source = find_weights(ready[-1] if ready else checkpoint)
     is_adapter = (source / ADAPTER_FILE).exists()
     _check_request(source, dst, is_adapter=is_adapter, layout=layout, merge=merge)
-    dtype = AutoConfig.from_pretrained(base_folder(source), local_files_only=True).dtype or torch.float32
+    dtype = (
+        AutoConfig.from_pretrained(base_folder(source), local_files_only=True, trust_remote_code=False).dtype
+        or torch.float32
+    )
     model, adapter = load_model(source, dtype=dtype)
     inputs = export_prompt(adapter, dtype=dtype)
     reference = logits_of(model, inputs)
