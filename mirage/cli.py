@@ -41,17 +41,38 @@ def plan(args: list[str]) -> int:
 
     gpus, rest = _take(args, "gpus")
     memory, rest = _take(rest, "gpu_memory")
-    if gpus is not None and not (gpus.isascii() and gpus.isdigit() and int(gpus) > 0):
-        raise UserError(f"gpus={gpus}: must be a whole number > 0")
+    world_size = _whole("gpus", gpus)
     recipe = load_recipe([arg for arg in rest if arg != "--dry-run"])
     # Only now: a mistake in the recipe is told in half a second, the libraries take several.
     from mirage.training.plan import parse_memory, print_plan
 
     print_plan(
         recipe,
-        world_size=int(gpus) if gpus is not None else None,
+        world_size=world_size,
         memory_bytes=parse_memory(memory) if memory is not None else None,
     )
+    return 0
+
+
+def inspect(args: list[str]) -> int:
+    """Show what a run would do: first samples with mask and tiles, lengths, packs, what is trained and saved."""
+    from mirage.config.loader import load_recipe
+
+    numbers: dict[str, int | None] = {}
+    rest = args
+    for key in ("samples", "steps", "gpus"):
+        text, rest = _take(rest, key)
+        numbers[key] = _whole(key, text)
+    out, rest = _take(rest, "out")
+    recipe = load_recipe(rest)
+    from mirage.training.inspection import inspect_recipe
+    from mirage.training.inspection_page import print_inspection, write_inspection
+
+    inspection = inspect_recipe(
+        recipe, num_samples=numbers["samples"] or 8, num_steps=numbers["steps"] or 3, world_size=numbers["gpus"]
+    )
+    folder = Path(out).expanduser() if out else recipe.run_dir / "inspect"
+    print_inspection(inspection, write_inspection(inspection, folder))
     return 0
 
 
@@ -124,6 +145,9 @@ VERBS = {
         evaluate, "PATH [tasks=a,b] [data_dir=DIR] [max_samples=N] ...", "measure a checkpoint or weights"
     ),
     "plan": Verb(plan, "recipe=NAME [key=value ...] [gpus=8] [gpu_memory=80GB]", "parameters, steps and memory a GPU"),
+    "inspect": Verb(
+        inspect, "recipe=NAME [key=value ...] [samples=8] [steps=3] [out=DIR]", "samples, masks, tiles, packs of a run"
+    ),
     "report": Verb(report, "RUN_DIR", "a run's results as Markdown"),
     "convert": Verb(
         convert, "SRC DST --layout native|published [--check] ...", "InternVL weights between their two layouts"
@@ -181,6 +205,12 @@ def _take(args: Sequence[str], key: str) -> tuple[str | None, list[str]]:
     if len(values) > 1:
         raise UserError(f"{key} is given twice: {' and '.join(values)}")
     return values[0] if values else None, [arg for arg in args if not arg.startswith(f"{key}=")]
+
+
+def _whole(key: str, text: str | None) -> int | None:
+    if text is not None and not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UserError(f"{key}={text}: must be a whole number > 0")
+    return int(text) if text is not None else None
 
 
 def _refuse(args: Sequence[str]) -> None:

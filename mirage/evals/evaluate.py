@@ -289,7 +289,7 @@ def _preprocessing_settings(settings: Sequence[str]) -> tuple[list[str], list[st
 
 
 def _check_preprocessing(checkpoint: Path, recorded: dict[str, Any] | None, settings: Sequence[str]) -> None:
-    """Evaluation takes the checkpoint's preprocessing. Raises `UserError` where the run or the command says otherwise."""
+    """Evaluation takes the checkpoint's preprocessing. Raises `UserError` where run or command say otherwise."""
     if not recorded and not settings:
         return
     folder = find_weights(checkpoint)

@@ -177,6 +177,10 @@ class ModelAdapter(GenerationAdapter):
     def preprocess(self, image: Image.Image, *, num_images: int) -> Picture:
         """Tensors of one RGB image in a sample of `num_images`."""
 
+    @abstractmethod
+    def picture_images(self, picture: Picture) -> list[Image.Image]:
+        """What `preprocess` made of a picture, as RGB images: its tiles in order, or the one resized picture."""
+
     # Text
 
     @abstractmethod
@@ -312,6 +316,13 @@ class ModelAdapter(GenerationAdapter):
     @abstractmethod
     def image_processor_config(self, folder: Path) -> None:
         """Write the `preprocessor_config.json` that plain transformers and vLLM read."""
+
+
+def image_of_pixels(pixels: torch.Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The RGB image of normalised pixels [3, height, width]."""
+    values = pixels.float() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    array = (values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+    return Image.fromarray(array.numpy())
 
 
 def image_order(messages: Sequence[Message]) -> list[int]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mirage.data.row import ImagePart, Message
 from mirage.errors import UserError
-from mirage.models.adapter import ModelAdapter, Picture, Segment, check_image_marks
+from mirage.models.adapter import ModelAdapter, Picture, Segment, check_image_marks, image_of_pixels
 from mirage.models.internvl_tokenizer import DEFAULT_SYSTEM_PROMPT, chat_template, save_tokenizer
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -121,6 +121,9 @@ class InternVLAdapter(ModelAdapter):
             thumbnail=self.spec.thumbnail,
         )
         return Picture({"pixel_values": tiles}, len(tiles) * self.tokens_per_tile)
+
+    def picture_images(self, picture: Picture) -> list[Image.Image]:
+        return [image_of_pixels(tile, mean=IMAGE_MEAN, std=IMAGE_STD) for tile in picture.tensors["pixel_values"]]
 
     @property
     def prefix_ids(self) -> list[int]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mirage.data.row import ImagePart, Message
 from mirage.errors import UserError
-from mirage.models.adapter import ModelAdapter, Picture, Segment, check_image_marks
+from mirage.models.adapter import ModelAdapter, Picture, Segment, check_image_marks, image_of_pixels
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."  # Qwen2-VL's published chat template
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP
@@ -133,6 +133,16 @@ class Qwen2VLAdapter(ModelAdapter):
         blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
         blocks = np.broadcast_to(blocks, (*blocks.shape[:5], temporal, *blocks.shape[6:]))
         return np.ascontiguousarray(blocks.reshape(rows * columns, channels * temporal * patch * patch))
+
+    def picture_images(self, picture: Picture) -> list[Image.Image]:
+        patch, merge = self._patch, self._merge
+        _, rows, columns = picture.tensors["image_grid_thw"][0].tolist()
+        blocks = picture.tensors["pixel_values"].view(
+            rows // merge, columns // merge, merge, merge, 3, -1, patch, patch
+        )
+        # The frames of a still picture are equal; the axes go back to [3, height, width].
+        pixels = blocks[:, :, :, :, :, 0].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, columns * patch)
+        return [image_of_pixels(pixels, mean=IMAGE_MEAN, std=IMAGE_STD)]
 
     def chat_segments(
         self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool
