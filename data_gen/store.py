@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from data_gen.pictures import Picture
 from mirage.data.row import canonical_json
 from mirage.errors import UserError
+from mirage.files import file_sha256
 
 MANIFEST_FILE = "manifest.json"
 JOURNAL_FILE = ".pictures.jsonl"  # which pictures are drawn; gone from a finished folder
@@ -74,12 +75,6 @@ class BuildFolder:
             os.link(self.path / source, target)
         except OSError:
             shutil.copyfile(self.path / source, target)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _journal_line(name: str, stored: StoredPicture) -> str:

@@ -11,8 +11,9 @@ import torch
 
 from mirage.evals.evaluate import evaluate_checkpoint
 from mirage.evals.report import results_table
-from mirage.evals.results import RESULTS_FILE, Results, read_results, read_samples, write_whole
+from mirage.evals.results import RESULTS_FILE, Results, read_results, read_samples
 from mirage.evals.tasks import find_tasks
+from mirage.files import write_atomic
 from mirage.tracking.console import make_console
 from mirage.training.callbacks import Callback
 from mirage.training.checkpoint import checkpoint_step, ready_checkpoints
@@ -68,7 +69,7 @@ class EvalCallback(Callback):
             )
         if results is not None and console is not None:
             _log(trainer, results, out_dir, step=step)
-            write_whole(out_dir / LOGGED_FILE, f"{results.request}\n")
+            write_atomic(out_dir / LOGGED_FILE, f"{results.request}\n")
             console.print(results_table([read_results(first), results] if results.baseline else [results]))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mirage.errors import UserError
 from mirage.evals.generate import Decoding
 from mirage.evals.metrics import TaskResult
+from mirage.files import write_atomic
 from mirage.models.adapter import PreprocessingSpec, ProcessorSpec
 
 RESULTS_FILE = "results.json"
@@ -94,12 +94,12 @@ def read_results(path: Path) -> Results:
 
 def write_results(folder: Path, results: Results) -> None:
     """Write `results.json`; after a crash the file is the old one or the new one, never half of one."""
-    write_whole(folder / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
+    write_atomic(folder / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
 
 
 def write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write `samples.jsonl`, one answer with its verdict a line."""
-    write_whole(
+    write_atomic(
         folder / SAMPLES_FILE, "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
     )
 
@@ -125,18 +125,3 @@ def events_by_id(rows: Sequence[Mapping[str, Any]], task: str) -> dict[str, tupl
         for row in rows
         if row["task"] == task
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Atomic write: temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage.errors import UserError
-from mirage.training.checkpoint import write_atomic
+from mirage.files import write_atomic
 
 MIRROR_NAME = "metrics.jsonl"
 REWOUND_NAME = "metrics.rewound.jsonl"

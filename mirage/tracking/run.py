@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mirage.config.schema import TrackingConfig
+from mirage.files import write_atomic
 from mirage.tracking.mirror import MetricsFile, plain
 from mirage.tracking.wandb_run import WandbRun
-from mirage.training.checkpoint import write_atomic
 
 SAMPLE_KEYS = ("id", "task", "image_paths", "question", "answer", "verdict", "reason", "category", "changed")
 """Keys of a row given to `log_samples`."""

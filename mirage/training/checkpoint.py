@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from mirage.errors import UserError
+from mirage.files import file_sha256, sync, write_atomic
 
 READY = "READY"
 NAME = re.compile(r"^checkpoint-(\d{6,})$")
@@ -42,12 +42,6 @@ def aside_name(step: int) -> str:
     return f".{checkpoint_name(step)}.partial"
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint(hashes: dict[str, str]) -> str:
     """Identity of the weights: 16 hex digits over the hashes of the model's safetensors files."""
     weights = {name: value for name, value in sorted(hashes.items()) if name.endswith(".safetensors")}
@@ -60,33 +54,14 @@ def publish(aside: Path, final: Path, *, step: int) -> None:
     hashes = {}
     for path in sorted(aside.rglob("*")):
         if path.is_file():
-            _sync(path)
+            sync(path)
             hashes[path.relative_to(aside).as_posix()] = file_sha256(path)
     if final.exists():
         shutil.rmtree(final)
     aside.replace(final)
-    _sync(final.parent)
+    sync(final.parent)
     manifest = {"step": step, "fingerprint": fingerprint(hashes), "files": hashes}
     write_atomic(final / READY, json.dumps(manifest, indent=2) + "\n")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_ready(folder: Path) -> dict[str, Any] | None:

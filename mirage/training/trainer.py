@@ -20,7 +20,9 @@ from mirage.data.lengths import LengthIndex, index_rows
 from mirage.data.pack import PackPlan
 from mirage.data.sources import LeftOut, SourcedRow, load_mixture
 from mirage.errors import UserError
+from mirage.files import write_atomic
 from mirage.models.lora import count_parameters, load_adapter_weights, select_trainable
+from mirage.models.quantize import check_quantize, load_quantized
 from mirage.models.registry import load_adapter, load_model
 from mirage.training import checkpoint as checkpoints
 from mirage.training.callbacks import Callback
@@ -62,6 +64,7 @@ class Trainer:
         The model is loaded before DeepSpeed exists: within a ZeRO-3 process transformers would shard it as it loads,
         compare empty tensors and tie heads that are not tied.
         """
+        check_quantize(self.recipe.model)
         self._claim_run_dir()
         self.rows, self.index = self._load_data()
         self.plan = PackPlan(
@@ -92,7 +95,7 @@ class Trainer:
             ) from error
         checkpoints.remove_torn(self.run_dir)
         check_same_run(self.run_dir, self.recipe)
-        checkpoints.write_atomic(self.run_dir / "recipe.json", resolved_json(self.recipe) + "\n")
+        write_atomic(self.run_dir / "recipe.json", resolved_json(self.recipe) + "\n")
 
     def _load_data(self) -> tuple[list[SourcedRow], LengthIndex]:
         """Base model's folder, rows and length index; the ledger is written by the main rank."""
@@ -107,18 +110,18 @@ class Trainer:
 
     def _write_ledger(self, left_out: Sequence[LeftOut]) -> None:
         lines = [json.dumps(vars(entry), ensure_ascii=False) for entry in left_out]
-        checkpoints.write_atomic(self.run_dir / "ledger.jsonl", "".join(f"{line}\n" for line in lines))
+        write_atomic(self.run_dir / "ledger.jsonl", "".join(f"{line}\n" for line in lines))
 
     def _load_model(self, last: Path | None) -> None:
         """Weights of the base or of checkpoint `last`, frozen and adapted as the recipe says."""
         recipe = self.recipe
         resumes_in_full = last is not None and recipe.model.lora is None
-        self.model, _ = load_model(
-            last / "model" if resumes_in_full and last is not None else self.base,
-            preprocessing=recipe.preprocessing,
-            attention=recipe.model.attention,
-            dtype=DTYPES[recipe.train.precision],
-        )
+        attention, dtype = recipe.model.attention, DTYPES[recipe.train.precision]
+        if recipe.model.quantize != "none":
+            self.model = load_quantized(self.base, self.adapter, attention=attention, dtype=dtype)
+        else:
+            folder = last / "model" if resumes_in_full and last is not None else self.base
+            self.model, _ = load_model(folder, preprocessing=recipe.preprocessing, attention=attention, dtype=dtype)
         self.peft_model = select_trainable(
             self.model, self.adapter, recipe.model, base=str(self.base), seed=recipe.train.seed
         )
