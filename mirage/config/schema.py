@@ -76,6 +76,8 @@ class ModelConfig(_Section):
     """Module groups trained in full (with `lora`: beside the adapters, and saved with them). Paper: both of these."""
     lora: LoraConfig | None = None
     """Low-rank adapters instead of full training of their target groups."""
+    quantize: Literal["none", "4bit"] = "none"
+    """4bit: hold the frozen language layers under adapters in NF4 (bitsandbytes, a GPU, train.zero_stage 1 or 2)."""
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> ModelConfig:
@@ -88,6 +90,10 @@ class ModelConfig(_Section):
             )
         if self.lora is None and not self.train:
             raise ValueError("nothing would be trained: model.train is empty and model.lora is null")
+        if self.quantize != "none" and (self.lora is None or "language" in self.train):
+            raise ValueError(
+                "model.quantize=4bit freezes the language model: set model.lora, and leave language out of model.train"
+            )
         return self
 
 
@@ -269,3 +275,10 @@ class Recipe(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _quantised_weights_are_whole(self) -> Recipe:
+        # ZeRO-3 cuts each weight over the ranks and gathers it by its shape, which a packed 4-bit weight has lost.
+        if self.model.quantize != "none" and self.train.zero_stage == 3:
+            raise ValueError("model.quantize=4bit cannot work under train.zero_stage=3; set train.zero_stage=2")
+        return self
