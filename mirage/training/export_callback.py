@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mirage.files import write_atomic
+from mirage.models import load_model
 from mirage.models.export_gate import ExportError, check_export
 from mirage.models.internvl_checkpoint import ORIGINALS, convert
 from mirage.tracking.console import make_console
 from mirage.training.callbacks import Callback
-from mirage.training.checkpoint import read_ready, ready_checkpoints, write_atomic
+from mirage.training.checkpoint import read_ready, ready_checkpoints
 from mirage.training.distributed import plain_loading, sum_over_ranks
 from mirage.training.export_prompt import TOLERANCES, export_prompt, logits_of
 
@@ -72,6 +74,9 @@ def _export(
     model_dir = checkpoint / "model"
     dtype = trainer.model.dtype
     base = trainer.base if trainer.peft_model is not None else None
+    if trainer.recipe.model.quantize != "none":
+        # The adapter is given away for the whole base, whose logits are not those of the packed one in memory.
+        reference = logits_of(load_model(model_dir, dtype=dtype)[0], inputs)
     gate: dict[str, Any] = {"inputs": inputs, "reference_logits": reference, "dtype": dtype}
     gate["tolerance"] = TOLERANCES[dtype]
     shutil.rmtree(folder, ignore_errors=True)

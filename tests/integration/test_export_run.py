@@ -17,11 +17,11 @@ from transformers import AutoModelForImageTextToText
 
 from mirage.cli import dispatch
 from mirage.errors import UserError
+from mirage.files import write_atomic
 from mirage.models import load_model
 from mirage.models.export_gate import ExportError
 from mirage.models.internvl_checkpoint import convert
 from mirage.models.safetensors_stream import TensorFolder
-from mirage.training.checkpoint import write_atomic
 from mirage.training.export_callback import _export, _is_done
 from mirage.training.export_prompt import export_prompt, logits_of
 from tests.support.published import FIXTURES, small_config, write_published
@@ -126,7 +126,7 @@ def test_the_gate_stops_a_run_whose_export_is_not_the_model(full_run: Path, tmp_
     inputs = export_prompt(adapter)
     trainer: Any = SimpleNamespace(
         model=model, adapter=adapter, peft_model=None, base=None,
-        recipe=SimpleNamespace(tracking=SimpleNamespace(console="quiet")),
+        recipe=SimpleNamespace(model=SimpleNamespace(quantize="none"), tracking=SimpleNamespace(console="quiet")),
     )  # fmt: skip
     with pytest.raises(ExportError, match="the export is not the trained model"):
         _export(trainer, full_run / LAST, tmp_path / "export", inputs, logits_of(model, inputs) * 1.1)
