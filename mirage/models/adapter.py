@@ -159,6 +159,7 @@ class ModelAdapter(GenerationAdapter):
     # Last part of the names of the linear layers that adapters may target, by group.
     linear_names: ClassVar[Mapping[str, tuple[str, ...]]]
     decoder_layer_class: ClassVar[str]
+    default_system_prompt: ClassVar[str]
     # Keys of `Picture.tensors` that hold floating-point pixels.
     pixel_key: ClassVar[str] = "pixel_values"
 
@@ -183,11 +184,34 @@ class ModelAdapter(GenerationAdapter):
 
     # Text
 
-    @abstractmethod
     def chat_segments(
         self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool
     ) -> list[Segment]:
-        """The conversation as text pieces with placeholders expanded; `generation` opens the assistant's turn."""
+        """The conversation in ChatML with placeholders expanded; `generation` opens the assistant's turn.
+
+        The system message is the conversation's own, else the spec's, else the family's; an empty one is left out.
+        """
+        check_image_marks(messages, image_tokens)
+        turns = list(messages)
+        system = self.spec.system_prompt if self.spec.system_prompt is not None else self.default_system_prompt
+        if turns and turns[0].role == "system":
+            system = turns.pop(0).text
+        segments = [Segment(f"<|im_start|>system\n{system}<|im_end|>\n", False)] if system else []
+        for message in turns:
+            if message.role == "assistant":
+                segments.append(Segment("<|im_start|>assistant\n", False))
+                segments.append(Segment(f"{message.text}<|im_end|>", True))
+                segments.append(Segment("\n", False))
+            else:
+                text = self.message_text(message, image_tokens)
+                segments.append(Segment(f"<|im_start|>{message.role}\n{text}<|im_end|>\n", False))
+        if generation:
+            segments.append(Segment("<|im_start|>assistant\n", False))
+        return segments
+
+    @abstractmethod
+    def message_text(self, message: Message, image_tokens: Sequence[int]) -> str:
+        """A user turn's text with the placeholders of its images."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens read as such, none added."""

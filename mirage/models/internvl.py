@@ -18,7 +18,7 @@ from PIL import Image
 
 from mirage.data.row import ImagePart, Message
 from mirage.errors import UserError
-from mirage.models.adapter import ModelAdapter, Picture, Segment, check_image_marks, image_of_pixels
+from mirage.models.adapter import ModelAdapter, Picture, image_of_pixels
 from mirage.models.internvl_tokenizer import DEFAULT_SYSTEM_PROMPT, chat_template, save_tokenizer
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -75,6 +75,7 @@ class InternVLAdapter(ModelAdapter):
     """InternVL2.5 and its relatives in transformers' native class `InternVLForConditionalGeneration`."""
 
     family = "internvl"
+    default_system_prompt = DEFAULT_SYSTEM_PROMPT
     groups: ClassVar = {
         "vision": ("model.vision_tower.",),
         "projector": ("model.multi_modal_projector.",),
@@ -131,28 +132,7 @@ class InternVLAdapter(ModelAdapter):
         # Asked of the tokenizer's own pipeline: transformers 5 does not keep `add_bos_token` over saving and loading.
         return list(self.tokenizer("")["input_ids"])
 
-    def chat_segments(
-        self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool
-    ) -> list[Segment]:
-        check_image_marks(messages, image_tokens)
-        turns = list(messages)
-        system = self.spec.system_prompt if self.spec.system_prompt is not None else DEFAULT_SYSTEM_PROMPT
-        if turns and turns[0].role == "system":
-            system = turns.pop(0).text
-        segments = [Segment(f"<|im_start|>system\n{system}<|im_end|>\n", False)] if system else []
-        for message in turns:
-            if message.role == "assistant":
-                segments.append(Segment("<|im_start|>assistant\n", False))
-                segments.append(Segment(f"{message.text}<|im_end|>", True))
-                segments.append(Segment("\n", False))
-            else:
-                text = self._message_text(message, image_tokens)
-                segments.append(Segment(f"<|im_start|>{message.role}\n{text}<|im_end|>\n", False))
-        if generation:
-            segments.append(Segment("<|im_start|>assistant\n", False))
-        return segments
-
-    def _message_text(self, message: Message, image_tokens: Sequence[int]) -> str:
+    def message_text(self, message: Message, image_tokens: Sequence[int]) -> str:
         """A user turn with its placeholders.
 
         Images that open a turn, with nothing written around them, get the family's own form (a line each, numbered

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mirage.data.row import ImagePart, Message
 from mirage.errors import UserError
-from mirage.models.adapter import ModelAdapter, Picture, Segment, check_image_marks, image_of_pixels
+from mirage.models.adapter import ModelAdapter, Picture, image_of_pixels
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."  # Qwen2-VL's published chat template
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP
@@ -79,6 +79,7 @@ class Qwen2VLAdapter(ModelAdapter):
     """Qwen2-VL in transformers' class `Qwen2VLForConditionalGeneration`."""
 
     family = "qwen2_vl"
+    default_system_prompt = DEFAULT_SYSTEM_PROMPT
     groups: ClassVar = {
         "projector": ("model.visual.merger.",),
         "vision": ("model.visual.",),
@@ -144,31 +145,13 @@ class Qwen2VLAdapter(ModelAdapter):
         pixels = blocks[:, :, :, :, :, 0].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, columns * patch)
         return [image_of_pixels(pixels, mean=IMAGE_MEAN, std=IMAGE_STD)]
 
-    def chat_segments(
-        self, messages: Sequence[Message], image_tokens: Sequence[int], *, generation: bool
-    ) -> list[Segment]:
-        check_image_marks(messages, image_tokens)
-        turns = list(messages)
-        system = self.spec.system_prompt if self.spec.system_prompt is not None else DEFAULT_SYSTEM_PROMPT
-        if turns and turns[0].role == "system":
-            system = turns.pop(0).text
-        segments = [Segment(f"<|im_start|>system\n{system}<|im_end|>\n", False)] if system else []
-        for message in turns:
-            if message.role == "assistant":
-                segments.append(Segment("<|im_start|>assistant\n", False))
-                segments.append(Segment(f"{message.text}<|im_end|>", True))
-                segments.append(Segment("\n", False))
-            else:
-                text = "".join(
-                    f"<|vision_start|>{IMAGE_TOKEN * image_tokens[part.index]}<|vision_end|>"
-                    if isinstance(part, ImagePart)
-                    else part.text
-                    for part in message.content
-                )
-                segments.append(Segment(f"<|im_start|>{message.role}\n{text}<|im_end|>\n", False))
-        if generation:
-            segments.append(Segment("<|im_start|>assistant\n", False))
-        return segments
+    def message_text(self, message: Message, image_tokens: Sequence[int]) -> str:
+        return "".join(
+            f"<|vision_start|>{IMAGE_TOKEN * image_tokens[part.index]}<|vision_end|>"
+            if isinstance(part, ImagePart)
+            else part.text
+            for part in message.content
+        )
 
     def position_ids(self, input_ids: torch.Tensor, pictures: Sequence[Picture]) -> torch.Tensor:
         """[4, L]: row 0 plain positions (they mark the sample), rows 1-3 the temporal, height and width rope index.

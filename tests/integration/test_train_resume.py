@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 SMALL = [
     "model.tiny.hidden_size=64",
@@ -21,6 +22,7 @@ SMALL = [
     "model.tiny.warmup_steps=0",
     "train.batch_samples=8",
     "train.max_steps=6",
+    "train.precision=fp32",
     "data.pack_tokens=512",
     "checkpoint.every_steps=2",
     "checkpoint.keep_last=9",
@@ -113,3 +115,29 @@ def test_one_process_learns_the_same_as_two(tmp_path, repo_root, shapes, cache):
     run([arg for arg in arguments if "max_steps" not in arg] + options, repo_root, cache)
     for step, loss in losses(two).items():
         assert losses(one)[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_bf16_with_recomputed_activations_and_chunked_head_learns(tmp_path, repo_root, shapes, cache):
+    options = ["train.precision=bf16", "train.gradient_checkpointing=true", "train.loss_chunk_tokens=64"]
+    plain = [arg for arg in command("tiny_qwen2vl_mis", tmp_path / "run", shapes) if "precision" not in arg]
+    run([*plain, *options], repo_root, cache)
+    seen = losses(tmp_path / "run")
+    assert seen[6] < seen[1] - 0.5
+
+
+def test_second_process_on_a_run_folder_is_refused(tmp_path, repo_root, shapes, cache):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with FileLock(run_dir / ".lock"):
+        arguments = [sys.executable, *command("tiny_internvl_mis", run_dir, shapes, processes=1)[3:]]
+        said = run(arguments, repo_root, cache, code=2)
+    assert "another process is training in" in said
+
+
+def test_other_settings_on_a_run_folder_are_refused(tmp_path, repo_root, shapes, cache):
+    run_dir = tmp_path / "run"
+    plain = [sys.executable, *command("tiny_internvl_mis", run_dir, shapes, processes=1)[3:]]
+    run(plain, repo_root, cache)
+    said = run([*plain, "train.lr=1e-4"], repo_root, cache, code=2)
+    assert "other settings: train.lr was 0.0015, is 0.0001" in said
+    assert "done: step 6" in run([*plain, "tracking.console=plain"][:-1], repo_root, cache)
