@@ -76,12 +76,12 @@ QWEN_IMAGES |= {"size": {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}}
 
 def _families(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
     """By model_type: config, the image processor's settings, the processor's, and the placeholder in the template."""
+    return _idefics(ids) | _llava(ids) | _qwen(ids) | _others(ids)
+
+
+def _idefics(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
     image = ids("<image>")
-    square = {"height": 56, "width": 56}
-    grid = [[56, 112], [112, 56], [112, 112]]
-    qwen_text = {**TEXT, "model_type": "qwen2"}
     llama = {**TEXT, "model_type": "llama"}
-    rope = _mrope(ids)
     return {
         "idefics3": {
             "config": {"text_config": llama, "vision_config": _siglip(model_type="idefics3_vision"), "scale_factor": 2,
@@ -102,6 +102,24 @@ def _families(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
             "processor": {"processor_class": "Idefics2Processor", "image_seq_len": 4},
             "mark": "<image>",
         },
+        "smolvlm": {
+            "config": {"text_config": llama, "vision_config": _siglip(model_type="smolvlm_vision"), "scale_factor": 2,
+                       "image_token_id": image},
+            "images": {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 112},
+                       "max_image_size": {"longest_edge": 56}},
+            "processor": {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
+            "mark": "<image>",
+        },
+    }  # fmt: skip
+
+
+def _llava(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
+    image = ids("<image>")
+    square = {"height": 56, "width": 56}
+    grid = [[56, 112], [112, 56], [112, 112]]
+    qwen_text = {**TEXT, "model_type": "qwen2"}
+    llama = {**TEXT, "model_type": "llama"}
+    return {
         "llava": {
             "config": {"text_config": llama, "vision_config": _siglip(), "image_token_index": image,
                        "image_token_id": image, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
@@ -131,6 +149,12 @@ def _families(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
                           "vision_feature_select_strategy": "full"},
             "mark": "<image>",
         },
+    }  # fmt: skip
+
+
+def _qwen(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
+    rope = _mrope(ids)
+    return {
         "qwen2_5_vl": {
             "config": {"text_config": {**TEXT, **rope}, "vision_config": _qwen_vision(fullatt_block_indexes=[1],
                        window_size=56), **ids_of_qwen(ids)},
@@ -145,6 +169,12 @@ def _families(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
             "processor": {"processor_class": "Qwen3VLProcessor"},
             "mark": "<|vision_start|><|image_pad|><|vision_end|>",
         },
+    }  # fmt: skip
+
+
+def _others(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
+    square = {"height": 56, "width": 56}
+    return {
         "gemma3": {
             "config": {"text_config": {**TEXT, "model_type": "gemma3_text", "sliding_window": 64},
                        "vision_config": _siglip(), "mm_tokens_per_image": 4,
@@ -166,14 +196,6 @@ def _families(ids: Callable[[str], int]) -> dict[str, dict[str, Any]]:
                        "max_patches": 4},
             "processor": {"processor_class": "AyaVisionProcessor", "patch_size": 14, "img_size": 56,
                           "downsample_factor": 2},
-            "mark": "<image>",
-        },
-        "smolvlm": {
-            "config": {"text_config": llama, "vision_config": _siglip(model_type="smolvlm_vision"), "scale_factor": 2,
-                       "image_token_id": image},
-            "images": {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 112},
-                       "max_image_size": {"longest_edge": 56}},
-            "processor": {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
             "mark": "<image>",
         },
     }  # fmt: skip
