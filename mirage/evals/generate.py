@@ -5,23 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import GenerationConfig
 
-from mirage.data.pictures import open_picture
+from mirage.data.pictures import open_picture, picture_size
 from mirage.data.row import canonical_json
 from mirage.errors import UserError
 from mirage.evals.answers import Answer, AnswerStore
 from mirage.evals.task import Sample
+from mirage.files import file_sha256
 from mirage.models.adapter import GenerationAdapter, Question
-
-# EXIF orientations whose upright picture has width and height exchanged.
-_QUARTER_TURNS = (5, 6, 7, 8)
 
 
 class Decoding(BaseModel):
@@ -60,7 +57,10 @@ def make_prompts(
 
 
 def _make_prompt(adapter: GenerationAdapter, sample: Sample, identity: list[Any]) -> Prompt:
-    sizes = [picture_size(path, sample=sample) for path in sample.image_paths]
+    try:
+        sizes = [picture_size(path) for path in sample.image_paths]
+    except UserError as error:
+        raise UserError(f"sample {sample.id}: {error}") from error
     rendered = adapter.prompt(sample.messages, sizes)
     known = sample.image_sha256 or (None,) * len(sizes)
     hashes = [digest or file_sha256(path) for digest, path in zip(known, sample.image_paths, strict=True)]
@@ -162,22 +162,6 @@ def _open_rgb(sample: Sample, index: int) -> Image.Image:
     if expected is not None and file_sha256(path) != expected:
         raise UserError(f"{path}: sample {sample.id}: the file is not the one its row names (sha256 differs)")
     return open_picture(path)
-
-
-def picture_size(path: Path, *, sample: Sample) -> tuple[int, int]:
-    """(width, height) in pixels of the upright picture, from its header. Raises `UserError` for a file that is none."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _QUARTER_TURNS
-            return (image.height, image.width) if turned else image.size
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: sample {sample.id}: cannot be read as an image: {error}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _answer(adapter: GenerationAdapter, prompt: Prompt, ids: Sequence[int]) -> Answer:

@@ -12,13 +12,14 @@ import torch
 from mirage.config.schema import EvalConfig
 from mirage.data.row import canonical_json
 from mirage.errors import UserError
-from mirage.evals.generate import Decoding, file_sha256
+from mirage.evals.generate import Decoding
 from mirage.evals.judge import Judge
 from mirage.evals.results import Results, read_results
 from mirage.evals.rule_judge import RuleJudge
 from mirage.evals.task import Sample, Task
 from mirage.evals.tasks import find_tasks
 from mirage.evals.tasks.rows import ROWS_FILE
+from mirage.files import file_sha256
 from mirage.models.registry import find_weights
 from mirage.training.checkpoint import NAME, READY
 

@@ -14,12 +14,11 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from mirage.config.schema import PreprocessingConfig, TinyConfig
-from mirage.data.pictures import open_picture
 from mirage.data.row import ImagePart, Message, TextPart
 from mirage.data.sources import read_rows
 from mirage.errors import UserError
 from mirage.evals.answers import Answer, AnswerStore
-from mirage.evals.generate import Decoding, generate_answers, generate_batch, make_prompts, picture_size, plan_batches
+from mirage.evals.generate import Decoding, generate_answers, generate_batch, make_prompts, plan_batches
 from mirage.evals.task import Sample
 from mirage.evals.tasks.rows import sample_of_row
 from mirage.models import ModelAdapter, load_model
@@ -200,15 +199,6 @@ def test_pictures_follow_their_marks_not_their_numbers(
     assert first == second
 
 
-def test_turned_photographs_are_measured_as_they_are_shown(samples: list[Sample], tmp_path: Path) -> None:
-    image = Image.new("RGB", (168, 56), "blue")
-    for orientation in range(1, 9):
-        exif = image.getexif()
-        exif[0x0112] = orientation
-        image.save(tmp_path / "turned.jpg", exif=exif)
-        assert picture_size(tmp_path / "turned.jpg", sample=samples[0]) == open_picture(tmp_path / "turned.jpg").size
-
-
 def test_a_changed_or_broken_picture_is_named(
     loaded: tuple[Any, ModelAdapter], samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -222,7 +212,7 @@ def test_a_changed_or_broken_picture_is_named(
     with pytest.raises(UserError, match=f"sample {sample.id}: the file is not the one its row names"):
         generate_batch(model, adapter, prompts, decoding=DECODING, device=CPU)
     copied.write_text("no image")
-    with pytest.raises(UserError, match=r"copy\.png: sample .* cannot be read as an image"):
+    with pytest.raises(UserError, match=r"sample .*copy\.png cannot be read"):
         make_prompts(adapter, [moved], fingerprint="w", decoding=DECODING)
 
 

@@ -179,12 +179,14 @@ def test_sharegpt_text_is_kept_to_the_letter():
     assert assistant.text == "Yes."
 
 
-def test_turned_photograph_has_its_upright_size(tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_photograph_has_its_upright_size(tmp_path, orientation):
     image = Image.new("RGB", (40, 20), "red")
     exif = image.getexif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert picture_size(tmp_path / "turned.jpg") == (20, 40) == open_picture(tmp_path / "turned.jpg").size
+    size = (20, 40) if orientation >= 5 else (40, 20)
+    assert picture_size(tmp_path / "turned.jpg") == size == open_picture(tmp_path / "turned.jpg").size
 
 
 def test_transparent_and_cmyk_pictures_become_rgb(tmp_path):
