@@ -38,7 +38,7 @@ class TinyConfig(_Section):
     """Standard deviation of the language model's initial weights (0.02 never learns to look at this size)."""
     vision_init_std: float = Field(default=0.06, gt=0)
     """Standard deviation of the vision tower's initial weights."""
-    warmup_steps: int = Field(default=450, ge=0)
+    warmup_steps: int = Field(default=400, ge=0)
     """Steps in which the vision tower learns to tell the training pictures apart before step 0; 0 for none."""
     warmup_lr: float = Field(default=3e-3, gt=0)
     """Learning rate of that vision warm-up."""
