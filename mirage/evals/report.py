@@ -42,8 +42,22 @@ def summary_table(run_dir: Path) -> Table:
 
 
 def summary_markdown(run_dir: Path) -> str:
-    """The run's first and last evaluation side by side, as markdown."""
-    return results_markdown(_ends(run_results(run_dir)))
+    """The run's first and last evaluation side by side, as markdown, and where to look next."""
+    ends = _ends(run_results(run_dir))
+    return f"{results_markdown(ends).rstrip()}\n\n{_where_to_look(run_dir)}"
+
+
+def _where_to_look(run_dir: Path) -> str:
+    """The files of a run that answer the next questions; only those that are there."""
+    places = (
+        ("evals/*/samples.jsonl", "every answer with its verdict, and whether it changed since step 0"),
+        ("metrics.jsonl", "every number of every step"),
+        ("wandb", f"the dashboard: `wandb leet {run_dir / 'wandb'}`, or `wandb sync` it later"),
+        ("export", "the trained model, for plain transformers, peft and vLLM"),
+        ("ledger.jsonl", "rows that were not trained on, and why (empty: none)"),
+    )
+    there = [f"- `{run_dir / place}`: {what}" for place, what in places if next(run_dir.glob(place), None)]
+    return "\n".join(["Where to look next:", "", *there]) + "\n"
 
 
 def _ends(results: Sequence[Results]) -> list[Results]:
