@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from mirage.evals.evaluate import evaluate_checkpoint
 from mirage.evals.report import results_table
@@ -17,6 +13,7 @@ from mirage.files import write_atomic
 from mirage.tracking.console import make_console
 from mirage.training.callbacks import Callback
 from mirage.training.checkpoint import checkpoint_step, ready_checkpoints
+from mirage.training.distributed import outside_training
 
 if TYPE_CHECKING:
     from mirage.training.trainer import Trainer
@@ -86,25 +83,3 @@ def _log(trainer: Trainer, results: Results, out_dir: Path, *, step: int) -> Non
         # Changed verdicts first: the table shows only the first rows.
         shown = sorted((row for row in rows if row["task"] == task), key=lambda row: not row["changed"])
         trainer.tracker.log_samples(task, shown, step=step)
-
-
-@contextlib.contextmanager
-def outside_training() -> Iterator[None]:
-    """Load and run another model without a trace in the training process.
-
-    Under ZeRO-3, transformers would split the weights it loads over the ranks and `generate` would wait for the other
-    ranks at every token; both look at one global, which is taken away here and put back. Random states are kept too.
-    """
-    from transformers.integrations import deepspeed
-
-    held = deepspeed._hf_deepspeed_config_weak_ref
-    config = held() if held is not None else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()

@@ -49,19 +49,25 @@ def build_accelerator(recipe: Recipe, *, world_size: int) -> Accelerator:
 
 
 @contextlib.contextmanager
-def plain_loading() -> Iterator[None]:
-    """Within it, `from_pretrained` loads whole tensors: transformers shards at load in a ZeRO-3 process otherwise.
+def outside_training() -> Iterator[None]:
+    """Load and run another model without a trace in the training process.
 
-    Sharded loading compares empty tensors and so ties heads that are not tied.
+    Under ZeRO-3, transformers would split the weights it loads over the ranks and `generate` would wait for the other
+    ranks at every token; both look at one global, which is taken away here and put back. Random states are kept too.
     """
-    from transformers.integrations import deepspeed as integration
+    from transformers.integrations import deepspeed
 
-    config = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    config = held() if held is not None else None
+    deepspeed.unset_hf_deepspeed_config()
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = config
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

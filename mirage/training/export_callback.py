@@ -17,7 +17,7 @@ from mirage.models.internvl_checkpoint import ORIGINALS, convert
 from mirage.tracking.console import make_console
 from mirage.training.callbacks import Callback
 from mirage.training.checkpoint import read_ready, ready_checkpoints
-from mirage.training.distributed import plain_loading, sum_over_ranks
+from mirage.training.distributed import outside_training, sum_over_ranks
 from mirage.training.export_prompt import TOLERANCES, export_prompt, logits_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ExportCallback(Callback):
         error: BaseException | None = None
         if trainer.is_main:
             try:
-                with plain_loading():
+                with outside_training():
                     _export(trainer, checkpoint, folder, inputs, reference)
             except Exception as raised:  # the other ranks wait below and must hear of any failure
                 error = raised

@@ -53,7 +53,6 @@ class Trainer:
         self.is_main = self.rank == 0
         self.step = 0
         self.epoch = 0.0
-        self.stopped_early = False
         self._lock = FileLock(self.run_dir / ".lock") if self.is_main else None
 
     # Set-up

@@ -18,12 +18,13 @@ from mirage.config.schema import EvalConfig, PreprocessingConfig, TinyConfig, Tr
 from mirage.errors import UserError
 from mirage.evals import evaluate as evaluate_module
 from mirage.evals.evaluate import evaluate_checkpoint, run
-from mirage.evals.hook import LOGGED_FILE, EvalCallback, outside_training, results_dir
+from mirage.evals.hook import LOGGED_FILE, EvalCallback, results_dir
 from mirage.evals.report import category_markdown, summary_markdown, summary_table
 from mirage.evals.request import weights_fingerprint
 from mirage.evals.results import Results, read_results, read_samples
 from mirage.models.tiny import build_tiny
 from mirage.training.checkpoint import leases, publish
+from mirage.training.distributed import outside_training
 from tests.support.dataset import write_dataset
 
 TINY = TinyConfig(
