@@ -10,8 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
+
+from mirage.config.schema import DataConfig, SourceConfig
+from mirage.data.sources import load_mixture
 
 SMALL = [
     "model.tiny.hidden_size=64",
@@ -141,3 +145,26 @@ def test_other_settings_on_a_run_folder_are_refused(tmp_path, repo_root, shapes,
     said = run([*plain, "train.lr=1e-4"], repo_root, cache, code=2)
     assert "other settings: train.lr was 0.0015, is 0.0001" in said
     assert "done: step 6" in run([*plain, "tracking.console=plain"][:-1], repo_root, cache)
+
+
+def test_text_only_rank_beside_a_rank_with_pictures(tmp_path, repo_root, shapes, cache):
+    source = SourceConfig(split="train_general")
+    rows = load_mixture(DataConfig(dir=shapes, sources=(source,)), seed=0).rows
+    order = np.random.default_rng([0, 0]).permutation(len(rows))
+    pairs = [order[step * 2 : step * 2 + 2] for step in range(6)]
+    mixed = [len({bool(rows[number].row.images) for number in pair}) == 2 for pair in pairs]
+    assert any(mixed), "the drawn steps must put a text-only sample beside one with a picture"
+    seen = []
+    for processes in (2, 1):
+        run_dir = tmp_path / f"run{processes}"
+        arguments = command("tiny_internvl_mis", run_dir, shapes, processes=processes)
+        arguments = [arg for arg in arguments if not arg.startswith("train.batch_samples")]
+        more = [
+            "train.batch_samples=2",
+            "data.sources=[{split: train_general}]",
+            "model.train=vision,projector,language",
+        ]
+        run([*arguments, *more], repo_root, cache)
+        seen.append(losses(run_dir))
+    assert len(seen[0]) == 6
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
