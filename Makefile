@@ -17,9 +17,11 @@ SIZE ?= small
 RECIPE ?= tiny_internvl_mis
 LAUNCH ?= $(if $(filter tiny_%,$(RECIPE)),--config_file recipes/accelerate/cpu2.yaml)
 ARGS   ?=
+# make experiment QUICK=1: one family, one seed, four conditions; ARGS="--lanes 2" runs two side by side
+QUICK  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo datagen datagen-endpoint train test lint check gpu-check clean
+.PHONY: help setup demo experiment datagen datagen-endpoint train test lint check gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -40,6 +42,9 @@ demo: $(STAMP) ## the whole chain on two CPU processes: data, training, evaluati
 	$(BIN)/python -m data_gen make --out data/mis --size small --seed 0
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu2.yaml mirage/train.py recipe=tiny_internvl_mis
 	$(BIN)/mirage report runs/tiny_internvl_mis
+
+experiment: $(STAMP) ## the paper's comparison on tiny models, with its page: QUICK=1, ARGS="--seeds 0 ..."
+	$(BIN)/python -m mirage.miniature.experiment $(if $(QUICK),--quick) $(ARGS)
 
 datagen: $(STAMP) ## write a dataset folder: OUT=DIR SEED=N SIZE=small|paper
 	$(BIN)/python -m data_gen make --out $(OUT) --size $(SIZE) --seed $(SEED)
