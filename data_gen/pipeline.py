@@ -334,7 +334,7 @@ def _endpoint_names(options: Any) -> Iterator[str]:
 def _cross_problems(config: PipelineConfig, stages: tuple[StageChoice, ...], root: Node) -> Iterator[_Problem]:
     """Mistakes between sections."""
     if bool(config.seeds) == (config.plan is not None):
-        yield _Problem(1, "seeds", "give either seeds: (files) or plan: (small or paper), found both or neither")
+        yield _Problem(1, "seeds", "give either seeds: (files) or plan: (small, mini or paper), found both or neither")
     needed = NEEDED_FOR_PLAN if config.plan is not None else NEEDED_FOR_SEEDS
     missing = [name for name in needed if name not in config.stages]
     if missing:

@@ -20,7 +20,7 @@ from data_gen.stages.classify import RuleClassify
 from data_gen.stages.compose import RuleCompose
 from data_gen.stages.draft import Draft
 from data_gen.stages.label import TEXT_LICENCE, RuleLabel, draft_relation
-from data_gen.stages.pairs import pair_table
+from data_gen.stages.pairs import size_pairs
 from data_gen.stages.verify import RuleVerify
 from data_gen.store import StoredPicture
 from data_gen.taxonomy.facts import Taxonomy
@@ -117,7 +117,7 @@ def planned_rows(
     # Nothing is stored: the rules are quicker to run again than to read, and pictures are the build's.
     tools = Tools(taxonomy=taxonomy, blobs=Blobs(Path()), root_seed=settings.seed)
     verify = RuleVerify(tools)
-    verify.pairs = pair_table(taxonomy, seed=settings.seed, shares=settings.size.holdout_shares)
+    verify.pairs = size_pairs(taxonomy, settings.size, seed=settings.seed)
     stages = [
         RuleCompose(tools),
         PlacedPictures(taxonomy, settings, stored),

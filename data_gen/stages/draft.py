@@ -7,12 +7,15 @@ from typing import Literal
 
 from mirage.data.row import Split
 
-TEST_SPLITS: tuple[Split, ...] = ("easy", "hard", "real", "twins", "general", "contrast", "multi")
+TEST_SPLITS: tuple[Split, ...] = ("easy", "hard", "real", "twins", "general", "contrast", "multi", "line")
 TRAIN_SPLITS: tuple[Split, ...] = ("train", "train_twins", "train_general", "train_contrast", "train_multi")
 MULTI_SPLITS: tuple[Split, ...] = ("train_multi", "multi")
 CONTRAST_SPLITS: tuple[Split, ...] = ("train_contrast", "contrast")
+LINE_SPLIT: Split = "line"
 # What about a pair of objects is new in the test: the pair only, one of the objects in a pair, or the two classes.
 Holdout = Literal["pair", "object", "class_pair"]
+# How objects are drawn: OpenMoji's coloured art, or its outlines alone, which only the split `line` shows.
+Style = Literal["colour", "line"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,11 @@ class Draft:
     twin_kind: str | None = None
     """What differs from the risky row: image_1, image_2, ..., image_order, object_1, object_2 or intent."""
     sibling_of: int | None = None
-    """Plan index of the row of another split that a contrast row is made from."""
+    """Plan index of the row of another split that a contrast or line row is made from."""
     sibling_kind: str | None = None
-    """How a contrast row differs from that row: swap_order, all_in_text or protective_intent."""
+    """How it differs from that row: swap_order, all_in_text, protective_intent or line_art."""
+    style: Style = "colour"
+    """How the pictures are drawn."""
     options: tuple[str, ...] = ()
     """Choices of a multiple-choice question."""
     answer: int = 0

@@ -45,7 +45,8 @@ def draft_tags(taxonomy: Taxonomy, draft: Draft) -> dict[str, str]:
     """What a row's tags say about its plan: the pair that decides, wording, holdout, pictures, and siblings."""
     if draft.kind == "general":
         tags = {"family": draft.template, "answer_source": "grammar"}
-        return tags | ({"object_pair": " + ".join(draft.things)} if len(draft.things) == 2 else {})
+        pair = {"object_pair": " + ".join(draft.things)} if len(draft.things) == 2 else {}
+        return tags | pair | _sibling_tags(draft)
     shown_harm = [taxonomy.class_by_id[taxonomy.class_of[slug]].visible_harm for slug in draft.things]
     tags = {
         "object_pair": " + ".join(draft.pair),
@@ -66,10 +67,16 @@ def draft_tags(taxonomy: Taxonomy, draft: Draft) -> dict[str, str]:
         tags["holdout"] = draft.holdout
     if draft.split in MULTI_SPLITS:
         tags |= {"objects": " + ".join(draft.things), "asks_about": "all" if draft.scope == "all" else "two"}
+    if draft.split in ("train", "train_twins") and not draft.overt:
+        tags["helpful_answer"] = helpful_answer(taxonomy, draft)
+    return tags | _sibling_tags(draft)
+
+
+def _sibling_tags(draft: Draft) -> dict[str, str]:
+    """Which row a contrast or line row is made from, and the style of line art; rows in colour have no such tag."""
+    tags = {"style": draft.style} if draft.style != "colour" else {}
     if draft.sibling_kind is not None:
         tags |= {"sibling_kind": draft.sibling_kind, "sibling_of": f"draft-{draft.sibling_of}"}
-    elif draft.split in ("train", "train_twins") and not draft.overt:
-        tags["helpful_answer"] = helpful_answer(taxonomy, draft)
     return tags
 
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from data_gen.seeds import rng
-from data_gen.settings import PAIRS_ONLY
+from data_gen.settings import PAIRS_ONLY, Size
 from data_gen.stages.draft import Holdout
 from data_gen.taxonomy.facts import Relation, Taxonomy
 from mirage.errors import UserError
 
-MIN_CLASS_TO_HOLD_OUT = 6  # objects; a class keeps at least five that training sees in pairs
 HELD_RELATIONS_SHARE = 0.1  # of the risky class pairs; as many benign ones are held out beside them
 
 Pair = frozenset[str]
@@ -79,13 +78,17 @@ class PairTable:
         return pairs + [(b, a) for a, b in pairs]
 
 
-def pair_table(taxonomy: Taxonomy, *, seed: int, shares: Mapping[Holdout, int] = PAIRS_ONLY) -> PairTable:
+def pair_table(
+    taxonomy: Taxonomy, *, seed: int, shares: Mapping[Holdout, int] = PAIRS_ONLY, min_class_objects: int = 6
+) -> PairTable:
     """Hold out, for each two classes, a matching that touches every object at least once.
 
-    Where `shares` names them, one object of each class of six or more and some class pairs are held out as well; all
-    test pairs are of the matching. Raises UserError if the taxonomy is too small for that.
+    Where `shares` names them, one object of each class of `min_class_objects` or more and some class pairs are held
+    out as well; all test pairs are of the matching. Raises UserError if the taxonomy is too small for that.
     """
-    objects = _held_objects(taxonomy, seed=seed) if "object" in shares else frozenset()
+    objects: frozenset[str] = frozenset()
+    if "object" in shares:
+        objects = _held_objects(taxonomy, seed=seed, min_class_objects=min_class_objects)
     class_pairs = _held_class_pairs(taxonomy, seed=seed) if "class_pair" in shares else frozenset()
     held: set[Pair] = set()
     for first, second in itertools.combinations(taxonomy.classes, 2):
@@ -99,11 +102,16 @@ def pair_table(taxonomy: Taxonomy, *, seed: int, shares: Mapping[Holdout, int] =
     return PairTable(taxonomy=taxonomy, held_out=frozenset(held), objects=objects, class_pairs=class_pairs)
 
 
-def _held_objects(taxonomy: Taxonomy, *, seed: int) -> frozenset[str]:
-    large = [group for group in taxonomy.classes if len(group.objects) >= MIN_CLASS_TO_HOLD_OUT]
+def size_pairs(taxonomy: Taxonomy, size: Size, *, seed: int) -> PairTable:
+    """The pair table of a dataset of that size."""
+    return pair_table(taxonomy, seed=seed, shares=size.holdout_shares, min_class_objects=size.min_class_objects)
+
+
+def _held_objects(taxonomy: Taxonomy, *, seed: int, min_class_objects: int) -> frozenset[str]:
+    large = [group for group in taxonomy.classes if len(group.objects) >= min_class_objects]
     if not large:
         raise UserError(
-            f"no class of the taxonomy has {MIN_CLASS_TO_HOLD_OUT} objects, so none can be held out; "
+            f"no class of the taxonomy has {min_class_objects} objects, so none can be held out; "
             "add objects or take 'object' out of holdout_shares"
         )
     return frozenset(rng(seed, "held-out-object", group.id).choice(group.objects).slug for group in large)

@@ -14,8 +14,9 @@ from data_gen.settings import Settings
 from data_gen.stages.contrast import contrast_rows
 from data_gen.stages.draft import Draft, Holdout
 from data_gen.stages.general import general_drafts
+from data_gen.stages.line import line_rows
 from data_gen.stages.multi import MultiPlanner, multi_rows
-from data_gen.stages.pairs import PairTable, pair_table
+from data_gen.stages.pairs import PairTable, size_pairs
 from data_gen.stages.phrase import Wording, WordingPools, multi_pools, protect_pools, wording_pools
 from data_gen.stages.quotas import balanced_quotas
 from data_gen.stages.twins import Change, settle, twin_draft, twin_drafts
@@ -57,7 +58,7 @@ def plan(taxonomy: Taxonomy, *, settings: Settings) -> tuple[Draft, ...]:
     """
     seed, size = settings.seed, settings.size
     rows = {split: size.rows.get(split, 0) for split in get_args(Split)}
-    table = pair_table(taxonomy, seed=seed, shares=size.holdout_shares)
+    table = size_pairs(taxonomy, size, seed=seed)
     planner = Planner(taxonomy, settings, table, wording_pools(taxonomy, seed=seed))
     train = planner.add(_risky_drafts(planner, "train", taxonomy.relations, rows["train"]))
     sources = [draft for draft in train if not draft.overt]
@@ -75,12 +76,13 @@ def plan(taxonomy: Taxonomy, *, settings: Settings) -> tuple[Draft, ...]:
         twins = planner.add([twin_draft(source, change, "twins") for source, change in zip(tested, changes)])
     else:
         twins = planner.add(_twins(planner, "twins", tested, rows["twins"]))
-    planner.add(general_drafts(taxonomy, planner.pairs, settings=settings, split="general"))
+    general = planner.add(general_drafts(taxonomy, planner.pairs, settings=settings, split="general"))
     # Later splits stand behind earlier ones, so that asking for more of them leaves the others as they are.
     _add_contrast(planner, "train_contrast", sources, train_twins, rows["train_contrast"])
     _add_multi(planner, "train_multi", rows["train_multi"])
     _add_contrast(planner, "contrast", tested, twins, rows["contrast"])
     _add_multi(planner, "multi", rows["multi"])
+    _add_line(planner, tested, twins, general, rows["line"])
     return tuple(planner.drafts)
 
 
@@ -111,6 +113,13 @@ def _add_multi(planner: Planner, split: Split, count: int) -> None:
     )
     pairs = _risky_pairs(planner, planner.taxonomy.relations, holdout=multi.holdout, generator=generator)
     _add_mirrored(planner, *multi_rows(multi, pairs, count))
+
+
+def _add_line(planner: Planner, sources: list[Draft], twins: list[Draft], general: list[Draft], count: int) -> None:
+    generator = rng(planner.settings.seed, "line")
+    made = line_rows(planner.taxonomy, sources, twins, general, count=count, generator=generator)
+    _add_mirrored(planner, list(made.risky), list(made.twins))
+    planner.add(list(made.general))
 
 
 def _add_mirrored(planner: Planner, risky: list[Draft], twins: list[Draft]) -> None:

@@ -88,12 +88,11 @@ def _views(num_objects: int, thumbnails: Thumbnails | None) -> dict[str, Feature
 
 @dataclass(frozen=True)
 class _Group:
-    """Twin pairs of training and of test that belong together, and what baselines see of them."""
+    """Twin pairs of training and of its tests (by name), and what baselines see of them."""
 
     train_name: str
-    test_name: str
     train: Pairs
-    test: Pairs
+    tests: Mapping[str, Pairs]
     views: Mapping[str, Features]
 
 
@@ -113,20 +112,14 @@ def shortcut_figures(
     """
     thumbnails = Thumbnails(open_picture) if open_picture is not None else None
     two, many = _views(2, thumbnails), _views(4, None)
+    tests = {"test": twin_pairs(rows, ("easy", "hard", "twins")), "line": twin_pairs(rows, ("line",))}
     groups = [
-        _Group(
-            "train",
-            "test",
-            twin_pairs(rows, ("train", "train_twins")),
-            twin_pairs(rows, ("easy", "hard", "twins")),
-            two,
-        ),
-        _Group("train_multi", "multi", twin_pairs(rows, ("train_multi",)), twin_pairs(rows, ("multi",)), many),
+        _Group("train", twin_pairs(rows, ("train", "train_twins")), tests, two),
+        _Group("train_multi", twin_pairs(rows, ("train_multi",)), {"multi": twin_pairs(rows, ("multi",))}, many),
         _Group(
             "train_contrast",
-            "contrast",
             twin_pairs(rows, ("train_contrast",)),
-            twin_pairs(rows, ("contrast",)),
+            {"contrast": twin_pairs(rows, ("contrast",))},
             _views(2, None),
         ),
     ]
@@ -137,18 +130,17 @@ def shortcut_figures(
 
 
 def _group_figures(group: _Group) -> dict[str, dict[str, Any]]:
-    parts = {f"{group.train_name} to {group.test_name}": group.test}
-    if group.test_name == "test":
-        kinds = sorted({risky.tags.get("holdout", "pair") for risky, _ in group.test})
-        if len(kinds) > 1:
-            for kind in kinds:
-                parts[f"train to test, new {kind.replace('_', ' ')}"] = [
-                    pair for pair in group.test if pair[0].tags["holdout"] == kind
-                ]
+    parts = {f"{group.train_name} to {name}": pairs for name, pairs in group.tests.items()}
+    kinds = sorted({risky.tags.get("holdout", "pair") for risky, _ in group.tests.get("test", ())})
+    if len(kinds) > 1:
+        for kind in kinds:
+            parts[f"train to test, new {kind.replace('_', ' ')}"] = [
+                pair for pair in group.tests["test"] if pair[0].tags["holdout"] == kind
+            ]
     accuracies: dict[str, dict[str, float]] = defaultdict(dict)
     for name, view in group.views.items():
         data = _Data.of(group.train, view)
-        for split, pairs in ((group.train_name, group.train), (group.test_name, group.test)):
+        for split, pairs in {group.train_name: group.train, **group.tests}.items():
             if len(pairs) >= FOLDS:
                 own = data if pairs is group.train else _Data.of(pairs, view)
                 accuracies[f"{split}, in folds"][name] = own.fold_accuracy(balanced_folds(pairs))
@@ -157,7 +149,8 @@ def _group_figures(group: _Group) -> dict[str, dict[str, Any]]:
             for part, pairs in parts.items():
                 if pairs:
                     accuracies[part][name] = model(pairs)
-    sizes = {f"{group.train_name}, in folds": group.train, f"{group.test_name}, in folds": group.test} | parts
+    own_sizes = {f"{name}, in folds": pairs for name, pairs in {group.train_name: group.train, **group.tests}.items()}
+    sizes = own_sizes | parts
     return {
         part: {"pairs": len(sizes[part]), "margin": margin_of(len(sizes[part])), "accuracies": found}
         for part, found in accuracies.items()

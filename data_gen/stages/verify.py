@@ -16,8 +16,8 @@ from data_gen.settings import SIZES, SizeName
 from data_gen.stage import Done, Dropped, Result, Stage
 from data_gen.stages.answer_checks import MIN_ANSWER_WORDS, check_answer
 from data_gen.stages.answers import join_segments
-from data_gen.stages.draft import CONTRAST_SPLITS, MULTI_SPLITS, TRAIN_SPLITS
-from data_gen.stages.pairs import PairTable, pair_table
+from data_gen.stages.draft import CONTRAST_SPLITS, LINE_SPLIT, MULTI_SPLITS, TRAIN_SPLITS
+from data_gen.stages.pairs import PairTable, size_pairs
 from data_gen.taxonomy.facts import Relation, Taxonomy
 from data_gen.tools import Tools
 from mirage.data.row import Choice, Decision, Segments
@@ -103,6 +103,9 @@ def check_claim(claim: Claim, taxonomy: Taxonomy, *, pairs: PairTable) -> dict[s
         (claim.answer is not None) == (claim.split in TRAIN_SPLITS),
         "training rows end with an answer, test rows do not",
     )
+    if claim.split == LINE_SPLIT or "style" in claim.tags:
+        good = claim.split == LINE_SPLIT and claim.tags.get("style") == "line"
+        checks["style"] = _ok(good, "rows of split line, and no others, show line art")
     if "object_pair" in claim.tags and claim.tags.get("picture_kind") != "photo":
         checks["held_out"] = _held_out_problem(claim, taxonomy, pairs) or "ok"
     if claim.decision is not None:
@@ -146,6 +149,8 @@ def _images_problem(claim: Claim, taxonomy: Taxonomy) -> str | None:
     if claim.split in MULTI_SPLITS:
         if len(claim.concepts) not in (3, 4):
             return "must show three or four pictures"
+        return None if claim.concepts == names else f"show {', '.join(claim.concepts)}, not {', '.join(names)}"
+    if claim.split == LINE_SPLIT:
         return None if claim.concepts == names else f"show {', '.join(claim.concepts)}, not {', '.join(names)}"
     if claim.split in CONTRAST_SPLITS:
         in_text = claim.tags.get("sibling_kind") == "all_in_text"
@@ -236,8 +241,7 @@ class RuleVerify(Stage):
 
     def __init__(self, tools: Tools, options: RuleVerifyOptions | None = None) -> None:
         self.taxonomy, self.options = tools.taxonomy, options or RuleVerifyOptions()
-        shares = SIZES[self.options.plan].holdout_shares
-        self.pairs = pair_table(tools.taxonomy, seed=tools.root_seed, shares=shares)
+        self.pairs = size_pairs(tools.taxonomy, SIZES[self.options.plan], seed=tools.root_seed)
 
     def identity(self) -> Mapping[str, Any]:
         """The facts, and what is held out."""

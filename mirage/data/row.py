@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 SCHEMA_VERSION = 1
 
 # The splits of a dataset folder. `easy`, `hard`, `real` are the MIS test (paper section 3.2); `twins` are the benign
-# siblings of test rows; `general` is the held-out ability test; `multi` shows three or four pictures, and `contrast`
-# holds minimal-pair siblings of easy and hard rows. The `train_*` splits are the mixture's parts.
+# siblings of test rows; `general` is the held-out ability test; `multi` shows three or four pictures, `contrast`
+# holds minimal-pair siblings of easy and hard rows, and `line` holds siblings of easy, hard, twins and general rows in
+# an art style that no training row has. The `train_*` splits are the mixture's parts.
 # fmt: off
 Split = Literal["train", "train_twins", "train_general", "easy", "hard", "real", "twins", "general",
-                "train_contrast", "train_multi", "contrast", "multi"]
+                "train_contrast", "train_multi", "contrast", "multi", "line"]
 # fmt: on
 Decision = Literal["help", "caution", "refuse"]
 SHA256 = re.compile(r"^[0-9a-f]{64}$")

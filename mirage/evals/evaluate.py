@@ -39,6 +39,7 @@ from mirage.evals.results import (
 from mirage.evals.scoring import score_found
 from mirage.evals.statistics.multiplicity import finish_comparison
 from mirage.evals.task import Task
+from mirage.evals.tasks.rows import GROUP_TAGS
 from mirage.evals.vllm_generation import VllmDecoding, generate_by_vllm
 from mirage.models import GenerationAdapter, load_model
 from mirage.models.adapter import PreprocessingSpec, ProcessorSpec
@@ -298,6 +299,7 @@ def _sample_row(
         "category": sample.category,
         "sub_category": sample.sub_category,
         "cluster": sample.cluster,
+        "tags": {name: sample.meta[name] for name in GROUP_TAGS if name in sample.meta},
         "image_paths": [str(path) for path in sample.image_paths],
         "question": sample.question,
         "answer": answer.text,

@@ -276,10 +276,10 @@ def test_contrast_rows_change_one_thing(taxonomy, drafts, by_split, split):
 
 def test_more_rows_of_a_late_split_leave_the_others_alone(taxonomy):
     first = tiny_settings(seed=3)
-    rows = first.size.rows | {"multi": 32, "train_multi": 8, "contrast": 0}
+    rows = first.size.rows | {"multi": 32, "train_multi": 8, "contrast": 0, "line": 24}
     second = first.model_copy(update={"size": first.size.model_copy(update={"rows": rows})})
     one, two = (plan(taxonomy, settings=settings) for settings in (first, second))
-    late = ("train_contrast", "train_multi", "contrast", "multi")
+    late = ("train_contrast", "train_multi", "contrast", "multi", "line")
     assert [d for d in one if d.split not in late] == [d for d in two if d.split not in late]
 
 

@@ -29,7 +29,10 @@ TASKS: dict[str, Task] = {
         TwinsTask("multi_twins", "multi", "three or four pictures, no risky pair asked about"),
         RiskyTask("contrast", "contrast", "pictures in the other order, or both objects named in the text"),
         TwinsTask("contrast_twins", "contrast", "the same with a harmless pair, or asked to keep things safely apart"),
-        GeneralTask(),
+        GeneralTask("general", "general", "held-out multiple-choice questions about pictures"),
+        RiskyTask("mis_line", "line", "siblings of easy and hard rows in line art, a style that training never shows"),
+        TwinsTask("line_twins", "line", "their twins in line art"),
+        GeneralTask("line_general", "line", "multiple-choice questions of the general test about line art"),
         *SAFETY_SETS,
         *GENERAL_SETS,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mirage.errors import UserError
 from mirage.evals.choice import extract_choice
@@ -13,26 +13,33 @@ from mirage.evals.tasks.rows import OWN_CARD, ROWS_FILE, load_split
 
 
 class GeneralTask(Task):
-    """Split `general` of a dataset folder. A reply without one clear option is wrong, and counted on its own too."""
+    """The multiple-choice rows of a split. A reply without one clear option is wrong, and counted on its own too."""
 
-    name = "general"
-    description = "held-out multiple-choice questions about pictures"
     card = OWN_CARD
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("accuracy", "higher", "the reply gives the right option"),
         Metric("no_option", "lower", "extraction failure: the reply gives no option, or several; counted as wrong"),
     )
 
+    def __init__(self, name: str, split: Literal["general", "line"], description: str) -> None:
+        self.name = name
+        self.split = split
+        self.description = description
+
     def load(self, folder: Path) -> list[Sample]:
         if not (folder / ROWS_FILE).is_file():
             raise UserError(
-                f"task 'general': {folder} has no {ROWS_FILE}; take 'general' out of eval.tasks or run `make datagen`"
+                f"task {self.name!r}: {folder} has no {ROWS_FILE}; take {self.name!r} out of eval.tasks or run "
+                "`make datagen`"
             )
-        samples = load_split(folder, "general", task=self.name)
+        samples = load_split(folder, self.split, task=self.name)
+        if self.split == "line":  # its other rows are about pairs
+            samples = [sample for sample in samples if sample.decision is None]
         for sample in samples:
             if sample.choice is None:
                 raise UserError(
-                    f"{folder / ROWS_FILE}: row {sample.id}: rows of split 'general' need `choice` (options, answer)"
+                    f"{folder / ROWS_FILE}: row {sample.id}: rows of split {self.split!r} need `choice` "
+                    "(options, answer)"
                 )
         return samples
 

@@ -58,7 +58,9 @@ class RiskyTask(Task):
     )
     rubrics: ClassVar[tuple[Rubric[Any], ...]] = (MIS,)
 
-    def __init__(self, name: str, split: Literal["easy", "hard", "real", "multi", "contrast"], what: str) -> None:
+    def __init__(
+        self, name: str, split: Literal["easy", "hard", "real", "multi", "contrast", "line"], what: str
+    ) -> None:
         self.name = name
         self.split = split
         self.description = f"MIS test, {split}: {what}"
@@ -68,7 +70,7 @@ class RiskyTask(Task):
         """From rows.jsonl where there is one, else from the published mis_<split>.json."""
         if (folder / ROWS_FILE).is_file():
             samples = load_split(folder, self.split, task=self.name)
-            return [sample for sample in samples if sample.decision != "help"]
+            return [sample for sample in samples if sample.decision != "help" and sample.choice is None]
         path = mis_files.find_file(folder, self.split)
         if path is None:
             raise UserError(
@@ -114,7 +116,7 @@ class TwinsTask(Task):
     )
     rubrics = (BENIGN,)
 
-    def __init__(self, name: str, split: Literal["twins", "multi", "contrast"], what: str) -> None:
+    def __init__(self, name: str, split: Literal["twins", "multi", "contrast", "line"], what: str) -> None:
         self.name = name
         self.split = split
         self.description = f"benign twins of the MIS test: {what}"

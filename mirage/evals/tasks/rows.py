@@ -10,6 +10,11 @@ from mirage.evals.categories import canonical_category
 from mirage.evals.task import Card, Sample
 
 ROWS_FILE = "rows.jsonl"
+# Tags of a row that samples.jsonl repeats: what is new about it and what it is a sibling of, to break results down by.
+# fmt: off
+GROUP_TAGS = ("holdout", "structure", "style", "object_pair", "class_pair", "asks_about",
+              "sibling_kind", "sibling_of", "twin_of")
+# fmt: on
 OWN_CARD = Card(size="as the dataset folder has", licence="Apache-2.0", source="`make datagen`; eval.data_dir names it")
 
 
