@@ -19,6 +19,7 @@ from mirage.evals.request import decide_request
 from mirage.evals.results import RESULTS_FILE, read_results
 from mirage.evals.schedule import leased
 from mirage.models.registry import find_weights, known_family, load_adapter
+from mirage.models.shipped import PREFIX, find_shipped
 from mirage.tracking.console import make_console
 from mirage.training.checkpoint import NAME, ready_checkpoints
 
@@ -33,7 +34,10 @@ def run(path: str | Path, settings: Sequence[str] = ()) -> int:
     keys, over those of the run that the path lies in, and `out_dir`, `baseline`, `device`. Raises `UserError`.
     """
     own, rest = _own_settings(settings)
-    given = Path(path).expanduser().absolute()
+    shipped = str(path).startswith(PREFIX)
+    given = find_shipped(str(path)) if shipped else Path(path).expanduser().absolute()
+    if shipped and "out_dir" not in own:
+        raise UserError(f"say where the results of {path} go: out_dir=DIR")
     if not given.exists():
         raise UserError(f"there is nothing at {path}; give a checkpoint, a run folder or a folder of weights")
     checkpoint = _newest_checkpoint(given) or given

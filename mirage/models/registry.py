@@ -17,6 +17,7 @@ from mirage.models.attention import choose_attention
 from mirage.models.dynamic_rope import forget_longer_sequences
 from mirage.models.internvl import InternVLAdapter, check_internvl_config
 from mirage.models.qwen2_vl import Qwen2VLAdapter
+from mirage.models.shipped import PREFIX, find_shipped
 from mirage.models.strict_loading import load_peft, load_whole
 
 # transformers' model_type -> (adapter, model class). A new family is one line here and one file beside this one.
@@ -29,10 +30,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def find_weights(path: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder of `path`: a folder with weights, a MIRage checkpoint (its `model/`), or a hub id to download.
+    """The local folder of `path`: a folder with weights, a MIRage checkpoint (its `model/`), `shipped:NAME` for a model
+    that comes with the package, or a hub id to download.
 
     A published InternVL folder is converted once into the cache. Raises `UserError` when there is nothing there.
     """
+    if str(path).startswith(PREFIX):
+        return find_shipped(str(path))
     folder = Path(path).expanduser()
     if not folder.exists():
         if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:

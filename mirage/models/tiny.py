@@ -39,8 +39,11 @@ from mirage.models.adapter import ModelAdapter, Picture, PreprocessingSpec
 from mirage.models.attention import PACKED_SDPA
 from mirage.models.registry import FAMILIES
 
-BUILD_VERSION = 2
+BUILD_VERSION = 3
 MAX_TOKENS = 8192
+# What chat templates put around the rows' own text; often enough that each word becomes one token.
+TEMPLATE_TEXTS = ("system\n", "user\n", "assistant\n", "Image-1: \n", "Image-2: \n", "Image-3: \n", "Image-4: \n")
+TEMPLATE_REPEATS = 100
 TRAIN_SPLITS = ("train", "train_twins", "train_general")
 PICTURES_PER_CONCEPT = 40
 WARMUP_EDGE = 72
@@ -131,7 +134,7 @@ def train_tokenizer(texts: Iterable[str], *, family: Family, vocab_size: int) ->
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sorted(set(texts)), trainer)
+    tokenizer.train_from_iterator([*sorted(set(texts)), *TEMPLATE_TEXTS * TEMPLATE_REPEATS], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -232,7 +235,7 @@ def warm_up_vision(
     def next_batch() -> list[tuple[Picture, int]]:
         chosen = [chance.choice(train) for _ in range(WARMUP_BATCH)]
         return [
-            (adapter.preprocess(_vary(picture, chance, edge=edge), num_images=2), label) for picture, label in chosen
+            (adapter.preprocess(vary(picture, chance, edge=edge), num_images=2), label) for picture, label in chosen
         ]
 
     model.train()
@@ -286,23 +289,27 @@ def _labelled_pictures(
     heldout: list[tuple[Image.Image, int]] = []
     for label, paths in enumerate(concepts.values()):
         for number, path in enumerate(paths):
-            with Image.open(data_dir / path) as image:
-                picture = image.convert("RGB").resize((WARMUP_EDGE, WARMUP_EDGE), Image.Resampling.BICUBIC)
-            (heldout if number < len(paths) // 12 else train).append((picture, label))
+            (heldout if number < len(paths) // 12 else train).append((small_picture(data_dir / path), label))
     return train, heldout or train
 
 
-def _vary(picture: Image.Image, chance: random.Random, *, edge: int) -> Image.Image:
+def small_picture(path: Path) -> Image.Image:
+    """A picture as small as a tiny tower sees it, with a margin to turn and shift it in."""
+    with Image.open(path) as image:
+        return image.convert("RGB").resize((WARMUP_EDGE, WARMUP_EDGE), Image.Resampling.BICUBIC)
+
+
+def vary(picture: Image.Image, chance: random.Random, *, edge: int) -> Image.Image:
     """A turned, scaled, shifted, perhaps mirrored and tinted copy of `edge` x `edge` pixels."""
     size = picture.width
-    angle, scale = chance.uniform(-0.12, 0.12), chance.uniform(0.9, 1.1) * size / edge
+    angle, scale = chance.uniform(-0.15, 0.15), chance.uniform(0.85, 1.2) * size / edge
     cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
     mirror = chance.choice((-1, 1))
-    x = size * (0.5 + chance.uniform(-0.06, 0.06)) - (mirror * cos - sin) * edge / 2
-    y = size * (0.5 + chance.uniform(-0.06, 0.06)) - (mirror * sin + cos) * edge / 2
+    x = size * (0.5 + chance.uniform(-0.1, 0.1)) - (mirror * cos - sin) * edge / 2
+    y = size * (0.5 + chance.uniform(-0.1, 0.1)) - (mirror * sin + cos) * edge / 2
     matrix = (mirror * cos, -sin, x, mirror * sin, cos, y)
     border = picture.getpixel((0, 0))
     turned = picture.transform(
         (edge, edge), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=border
     )
-    return turned.point([value for _ in range(3) for value in TINTS[chance.randrange(len(TINTS))]])
+    return turned.point([value for _ in range(3) for value in chance.choice(TINTS)])
