@@ -31,6 +31,7 @@ from mirage.miniature.conditions import (
 
 DATA_DIR = Path("data/mini")
 ROWS_FILE = "rows.jsonl"
+REPEAT_SUFFIX = "-again"
 TRAIN_FILE = "mirage/train.py"
 LAUNCH_CONFIG = "recipes/accelerate/cpu2.yaml"
 # Sections that may differ between a finished run and the same command now: they change neither weights nor answers.
@@ -49,6 +50,7 @@ class Options:
     data_dir: Path = DATA_DIR
     tasks: tuple[str, ...] | None = None
     max_samples: int | None = None
+    repeat: bool = True
 
     @property
     def num_processes(self) -> int:
@@ -67,6 +69,7 @@ def quick(options: Options) -> Options:
         data_dir=options.data_dir,
         tasks=QUICK_TASKS,
         max_samples=QUICK_MAX_SAMPLES,
+        repeat=False,
     )
 
 
@@ -84,7 +87,8 @@ class Job:
     def name(self) -> str:
         """Family, condition and seed in a line."""
         seed = "" if self.seed is None else f" seed {self.seed}"
-        return f"{self.family} {self.condition.key}{seed}"
+        again = " again" if self.folder.name.endswith(REPEAT_SUFFIX) else ""
+        return f"{self.family} {self.condition.key}{seed}{again}"
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -139,6 +143,7 @@ def _load(settings: tuple[str, ...]) -> Recipe:
 def plan_jobs(options: Options) -> list[Job]:
     """All runs: a family's base, then all conditions of a seed before the next seed, one family after the other.
 
+    A family ends with one run that has been there before, in a folder of its own: one seed must give one result.
     Raises `UserError` for an unknown condition.
     """
     jobs = []
@@ -152,6 +157,9 @@ def plan_jobs(options: Options) -> list[Job]:
                 for item in conditions
                 if item.recipe is not None
             ]
+        main = [item for item in conditions if item.key == MAIN]
+        for seed in options.seeds[:1] if options.repeat else ():
+            jobs += [Job(family, item, seed, home / item.key / f"seed-{seed}{REPEAT_SUFFIX}", options) for item in main]
     return jobs
 
 
