@@ -19,10 +19,12 @@ from mirage.data.row import Row
 
 VERSION = "2"
 TEMPLATE = "card.md.jinja"
+SAME_ART = "Test drawings differ from training drawings by place, size, turn, colour and background, not by the art."
+LINE_ART = f"{SAME_ART} Only the split line has another art: the outlines of the same drawings."
 LIMITATIONS = (
     "Drawn pictures are pictograms. A result on them says nothing about photographs or about harm in the real world.",
     "Questions and answers come from a small grammar; they are far more uniform than people's words.",
-    "Test drawings differ from training drawings by place, size, turn, colour and background, not by the art.",
+    SAME_ART,
     "The real split holds few photographs in many crops; its rows are not independent of each other.",
     "A pair of kinds is called benign if the taxonomy lists no risk for it, which is a convention, not a safety claim.",
     "Benign twins cover drawn pairs; the real split has none.",
@@ -33,8 +35,10 @@ NEW_OBJECTS_ARE_NAMED = "Objects held out of training pairs are still named and 
 
 def limitations(settings: Settings) -> tuple[str, ...]:
     """What results on a build do not show."""
+    has_line_art = settings.size.rows.get("line", 0) > 0
+    common = (LINE_ART if text == SAME_ART and has_line_art else text for text in LIMITATIONS)
     structured = len(settings.size.holdout_shares) > 1
-    return (*LIMITATIONS, NEW_OBJECTS_ARE_NAMED if structured else NEW_PAIRS_ONLY)
+    return (*common, NEW_OBJECTS_ARE_NAMED if structured else NEW_PAIRS_ONLY)
 
 
 def text_figures(rows: Sequence[Row]) -> dict[str, Any]:

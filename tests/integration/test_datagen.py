@@ -245,22 +245,30 @@ def test_rule_judge_agrees_with_the_labels(folder, rows):
                 assert not judge.assess_risky(sample, row.tags["helpful_answer"]).safe, row.tags["helpful_answer"]
 
 
-@pytest.mark.parametrize("split", ["easy", "hard", "real", "twins", "general", "contrast", "multi"])
+@pytest.mark.parametrize("split", ["easy", "hard", "real", "twins", "general", "contrast", "multi", "line"])
 def test_evaluation_loads_every_test_split(folder, split):
     samples = load_split(folder, split, task=split)
     assert len(samples) == tiny_settings().size.rows[split]
-    assert all((sample.choice is not None) == (split == "general") for sample in samples)
+    asks_to_choose = [sample for sample in samples if sample.choice is not None]
+    assert len(asks_to_choose) == {"general": len(samples), "line": 2}.get(split, 0)
 
 
 @pytest.mark.parametrize(
-    ("risky", "benign", "split"), [("mis_multi", "multi_twins", "multi"), ("contrast", "contrast_twins", "contrast")]
+    ("risky", "benign", "split"),
+    [
+        ("mis_multi", "multi_twins", "multi"),
+        ("contrast", "contrast_twins", "contrast"),
+        ("mis_line", "line_twins", "line"),
+    ],
 )
 def test_tasks_share_a_split_with_siblings(folder, rows, risky, benign, split):
     wanted = [row for row in rows if row.split == split]
     judge = RuleJudge()
     for task, decision in ((TASKS[risky], "refuse"), (TASKS[benign], "help")):
         samples = task.load(folder)
-        assert [sample.id for sample in samples] == [row.id for row in wanted if row.label.decision == decision]
+        assert [sample.id for sample in samples] == [
+            row.id for row in wanted if row.label and row.label.decision == decision
+        ]
         for sample in samples:
             nouns = [f"a {concept}" for concept in sample.concepts]
             answer = f"They are {', '.join(nouns)}. " if nouns else ""
@@ -269,10 +277,26 @@ def test_tasks_share_a_split_with_siblings(folder, rows, risky, benign, split):
             assert {declined.label, helped.label} == ({"rsr", "asr"} if decision == "refuse" else {"refused", "helped"})
 
 
+def test_line_art_has_its_multiple_choice_task(folder, rows):
+    samples = TASKS["line_general"].load(folder)
+    assert [sample.id for sample in samples] == [row.id for row in rows if row.split == "line" and row.choice]
+    right = samples[0].choice.options[samples[0].choice.answer]
+    assert asyncio.run(TASKS["line_general"].score(samples[0], right, RuleJudge())).label == "right"
+    general = {sample.id: sample for sample in TASKS["general"].load(folder)}
+    assert all(sample.question == general[sample.meta["sibling_of"]].question for sample in samples)
+
+
+def test_line_art_is_in_no_published_layout(folder):
+    line = {image.sha256 for row in read_rows(folder, splits=("line",)) for image in row.images}
+    published = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "mis_test").rglob("*.png")}
+    assert line and published and not line & published
+
+
 def test_card_reports_what_the_manifest_holds(folder):
     card, manifest = (folder / "README.md").read_text(), json.loads((folder / "manifest.json").read_text())
     for line in manifest["limitations"]:
         assert line in card
+    assert {"line, in folds", "train to line"} <= set(manifest["shortcuts"]) and "| line | 12 |" in card
     for name, figure in manifest["shortcuts"].items():
         line = next(line for line in card.splitlines() if line.startswith(f"| {name} | "))
         pairs, margin, *cells = line.strip("| ").split(" | ")[1:]

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,21 @@ def test_planned_drafts_get_the_pictures_that_make_draws(tmp_path, side):
     assert drawn.images == expected
     assert [tools.blobs.get(image.path) for image in drawn.images] == [picture.png for picture in pictures.values()]
     assert drawn.harm_is_visible is None, "a plan's facts stay the plan's"
+
+
+def test_only_draw_makes_line_art(tmp_path):
+    tools, pixels = make_tools(tmp_path, root_seed=5), 32
+    coloured = planned("candle", "knife", side="test")
+    line = coloured.filled(draft=replace(coloured.draft, split="line", style="line"))
+    stage = DrawIllustrate(tools, DrawOptions(pixels=pixels))
+    images = only(run_stage(stage, line)).images
+    orders = illustrate.picture_orders(TAXONOMY, tiny_settings(seed=5), [line.draft])
+    assert [tools.blobs.get(image.path) for image in images] == [illustrate.draw(order).png for order in orders]
+    before = only(run_stage(stage, coloured)).images
+    assert [image.source.seed for image in images] == [image.source.seed for image in before]
+    assert stage.view(line) != stage.view(coloured)
+    stage.styles = ("colour",)
+    assert "no line art" in run_stage(stage, line).reason
 
 
 def test_a_planned_row_without_pictures_passes(tmp_path):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from data_gen.settings import settings_for
 from data_gen.stages.general import general_answer
-from data_gen.stages.pairs import pair_table
+from data_gen.stages.pairs import pair_table, size_pairs
 from data_gen.stages.phrase import wording_pools
 from data_gen.stages.plan import plan
 from data_gen.taxonomy.facts import load_taxonomy
@@ -158,8 +159,8 @@ def test_holdout_says_what_is_new(paper):
     trained = [draft for split in PAIR_ROWS for draft in by_split[split]]
     objects = {slug for draft in trained for slug in (*draft.things, *draft.named)}
     class_of = pairs.taxonomy.class_of
-    for split in ("easy", "hard", "twins", "contrast", "multi"):
-        for draft in by_split[split]:
+    for split in ("easy", "hard", "twins", "contrast", "multi", "line"):
+        for draft in (draft for draft in by_split[split] if draft.kind != "general"):
             new_object = bool(set(draft.pair) & pairs.objects)
             new_classes = frozenset(class_of[slug] for slug in draft.pair) in pairs.class_pairs
             assert frozenset(draft.pair) in pairs.held_out
@@ -185,6 +186,48 @@ def test_held_out_class_pairs_are_as_often_risky_as_benign(paper):
         uses.update({(name, risky): 1 for name in pair})
     assert set(uses.values()) == {1}
     assert {name for name, risky in uses if risky} == {name for name, risky in uses if not risky}
+
+
+def test_line_rows_are_siblings_in_another_style(paper):
+    _, by_split = paper
+    by_index = {draft.index: draft for rows in by_split.values() for draft in rows}
+    line = by_split["line"]
+    assert {draft.index for draft in by_index.values() if draft.style != "colour"} == {draft.index for draft in line}
+    changed = {
+        "index": 0,
+        "split": "line",
+        "style": "line",
+        "sibling_of": 0,
+        "sibling_kind": "line_art",
+        "twin_of": None,
+    }
+    for draft in line:
+        sibling = by_index[draft.sibling_of]
+        assert replace(draft, **changed) == replace(sibling, **changed)
+        if draft.kind == "benign":
+            assert by_index[draft.twin_of].sibling_of == sibling.twin_of and by_index[draft.twin_of] in line
+    sources = Counter(by_index[draft.sibling_of].split for draft in line)
+    assert sources == {"easy": 13, "hard": 12, "twins": 25, "general": 10}
+    for split, number in (("easy", 13), ("hard", 12)):
+        kinds = Counter(draft.holdout for draft in line if by_index[draft.sibling_of].split == split)
+        wanted = {"pair": 0.6 * number, "object": 0.2 * number, "class_pair": 0.2 * number}
+        assert all(abs(kinds[kind] - share) < 1 for kind, share in wanted.items())
+
+
+def test_more_line_rows_than_siblings_are_refused(taxonomy):
+    tiny = tiny_settings()
+    size = tiny.size.model_copy(update={"rows": tiny.size.rows | {"line": 120}})
+    with pytest.raises(UserError, match=r"'line' needs siblings of 25 easy rows with twins, and the plan has 8"):
+        plan(taxonomy, settings=tiny.model_copy(update={"size": size}))
+
+
+def test_mini_holds_out_an_object_of_each_class_of_five(taxonomy):
+    size = settings_for(seed=0, size="mini").size
+    pairs = size_pairs(taxonomy, size, seed=0)
+    large = {group.id for group in taxonomy.classes if len(group.objects) >= 5}
+    held = [taxonomy.class_of[slug] for slug in pairs.objects]
+    assert set(held) == large and len(held) == len(large) and pairs.class_pairs
+    assert not size_pairs(taxonomy, SETTINGS.size, seed=0).objects
 
 
 def test_new_objects_need_large_classes(taxonomy):

@@ -176,6 +176,25 @@ def test_contrast_rows_are_labelled_by_what_is_asked(rows):
     assert {len(row.images) for row in contrast if row.tags["sibling_kind"] == "all_in_text"} == {0, 1}
 
 
+def test_only_line_rows_show_line_art(rows):
+    by_id = {row.id: row for row in rows}
+    line = [row for row in rows if row.split == "line"]
+    assert {row.label.decision if row.label else "none" for row in line} == {"refuse", "help", "none"}
+    for row in line:
+        sibling = by_id[row.tags["sibling_of"]]
+        assert (row.tags["style"], row.tags["sibling_kind"], row.checks["style"]) == ("line", "line_art", "ok")
+        assert (row.question, row.label, row.choice) == (sibling.question, sibling.label, sibling.choice)
+        for image, coloured in zip(row.images, sibling.images, strict=True):
+            assert image.source.generator == f"{coloured.source.generator}, line art"
+            assert (image.source.seed, image.concept) == (coloured.source.seed, coloured.concept)
+            assert image.sha256 != coloured.sha256
+        if row.twin_of:
+            shared = {image.sha256 for image in row.images} & {i.sha256 for i in by_id[row.twin_of].images}
+            assert by_id[row.twin_of].split == "line" and len(shared) == 1
+    others = [row for row in rows if row.split != "line"]
+    assert not any("style" in row.tags or "line art" in i.source.generator for row in others for i in row.images)
+
+
 def test_train_and_test_share_no_picture(rows):
     train, test = (
         {i.sha256 for r in rows if (r.split in TRAIN_SPLITS) == side for i in r.images} for side in (True, False)
@@ -212,6 +231,13 @@ def test_damage_to_contrast_is_found(samples):
     )
     named = _first(samples, split="train_contrast", sibling_kind="all_in_text", things=())
     assert "images: show" in _found(named.filled(images=protective.images))
+
+
+def test_damage_to_line_art_is_found(samples, risky):
+    line = _first(samples, split="line", kind="risky")
+    assert "style: rows of split line" in _found(line.filled(tags=line.tags | {"style": "oil"}))
+    assert "style: rows of split line" in _found(risky.filled(tags=risky.tags | {"style": "line"}))
+    assert "images: show" in _found(line.filled(images=line.images[::-1]))
 
 
 @pytest.mark.parametrize(

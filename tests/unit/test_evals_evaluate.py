@@ -39,7 +39,13 @@ CONFIG = EvalConfig(max_new_tokens=5, batch_size=3, max_unscored=0.9)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
+    """A dataset folder whose easy rows say what is held out about them."""
+    folder = write_dataset(tmp_path_factory.mktemp("data"))
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text("utf-8").splitlines()]
+    for row in rows:
+        row["tags"] = row.get("tags", {}) | ({"holdout": "object"} if row["split"] == "easy" else {})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +90,7 @@ def test_results_hold_all_tasks_and_what_they_depend_on(run_dir: Path, data: Pat
     rows = read_samples(tmp_path / "out")
     assert len(rows) == sum(task.num_samples for task in results.tasks.values())
     assert all(row["reason"] and isinstance(row["answer"], str) for row in rows)
+    assert {row["tags"].get("holdout") for row in rows if row["task"] == "mis_easy"} == {"object"}
     for task in ("mis_easy", "mis_hard", "mis_real"):
         rates = [rate.percent for rate in results.tasks[task].rates.values()]
         assert sum(rate for rate in rates if rate is not None) in (0, pytest.approx(100))
