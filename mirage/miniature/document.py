@@ -96,7 +96,8 @@ nav { columns: 16rem; font-size: .9rem; } a { color: inherit; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   vertical-align: top; }
-th { background: var(--band); font-weight: 600; } .word { text-align: left; white-space: normal; min-width: 7rem; }
+th { background: var(--band); font-weight: 600; white-space: normal; min-width: 5rem; }
+.word { text-align: left; white-space: normal; min-width: 7rem; }
 figure { margin: 1rem 0; padding: .5rem; background: #ffffff; border-radius: 6px; overflow-x: auto; }
 figure svg { width: 100%; height: auto; min-width: 34rem; display: block; }
 code { background: var(--band); padding: .1em .3em; border-radius: 4px; font-size: .9em; overflow-wrap: anywhere; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -15,7 +16,7 @@ from rich.console import Console
 from mirage.errors import UserError, run_main
 from mirage.miniature.conditions import CONDITIONS, FAMILIES, SEEDS
 from mirage.miniature.launcher import LOG_FILE, Launcher, last_words
-from mirage.miniature.plan import DATA_DIR, Job, Options, commands, plan_jobs, quick, state
+from mirage.miniature.plan import DATA_DIR, Job, Options, commands, note_base, plan_jobs, quick, state
 from mirage.tracking.console import make_console
 
 OUT = Path("runs/experiment")
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         for job in jobs:
             print(shlex.join(commands(job, now=_state_or_open(job))))
         return 0
+    # As Ctrl-C: the runs are ended too, and nothing goes on that holds their folders.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     console = make_console("rich")
     launcher = Launcher()
     make_data(options.data_dir, launcher, console)
@@ -142,8 +145,11 @@ def _run_job(job: Job, launcher: Runs, board: Board) -> str | None:
     board.started(job)
     log = job.folder / LOG_FILE
     try:
-        code = launcher.run(commands(job, now=state(job)), log=log, one_core=job.options.lanes > 1)
-        if state(job) == "measure":  # trained before, with fewer tasks
+        now = state(job)
+        if now == "open" and job.condition.recipe is not None:
+            note_base(job)
+        code = launcher.run(commands(job, now=now), log=log, one_core=job.options.lanes > 1)
+        if now == "open" and state(job) == "measure":  # trained before, with fewer tasks
             code = launcher.run(commands(job, now="measure"), log=log, one_core=job.options.lanes > 1)
         if code == 0 and state(job) == "done":
             return None

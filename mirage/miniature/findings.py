@@ -167,11 +167,15 @@ def _family_summary(experiment: Experiment, family: str) -> Iterator[str]:
     change = experiment.change(family, MAIN, "direct", ask(RISKY, "asr"))
     seen = tokens(experiment, family, MAIN), tokens(experiment, family, "direct")
     if change is not None and None not in seen:
-        told = "not told apart" if change.low <= 0 <= change.high else "lower" if change.points < 0 else "higher"
+        told = "cannot be told apart from" if change.low <= 0 <= change.high else _than(change.points)
         yield (
-            f"With reasoned labels ASR is {told} against direct ones ({show_change(change)} points; "
-            f"{seen[0]:,.0f} and {seen[1]:,.0f} supervised tokens)."
+            f"ASR with reasoned labels {told} ASR with direct ones ({show_change(change)} points; {seen[0]:,.0f} and "
+            f"{seen[1]:,.0f} supervised tokens)."
         )
+
+
+def _than(points: float) -> str:
+    return "is lower than" if points < 0 else "is higher than"
 
 
 LIMITS = (
@@ -181,7 +185,7 @@ LIMITS = (
     "Questions and reference answers come from that grammar, and the judge reads the structure of a reply (objects "
     "named, declined, helped). No rate here measures how safe free text is.",
     "Whoever settled the base and the recipes could see this data's test rows; the seeds were not chosen. Intervals "
-    "over seeds say how much the training run matters, intervals over samples how much the choice of object pairs does; "
+    "over seeds say how much the training run matters, those over samples how much the choice of object pairs does; "
     "neither covers another taxonomy, grammar or base.",
     "The paper's columns are other benchmarks, models and judges. Only the direction of a difference is compared, "
     "never its size.",

@@ -23,7 +23,6 @@ from mirage.miniature.findings import (
     missing,
     summary,
 )
-from mirage.miniature.paper import MODELS
 from mirage.miniature.results import read_results_file
 
 RESULTS = Path("experiment") / "results.json"
@@ -34,10 +33,16 @@ _MOST_OPEN = 20
 
 PER_FAMILY: tuple[tuple[str, str, Callable[[Experiment, str], Table]], ...] = (
     (
+        "The bars",
+        "What the experiment was to clear: condition (g) and the base on object pairs never seen together, in wordings "
+        "never seen. What falls short is reported as it is.",
+        t.bars_table,
+    ),
+    (
         "Table 1: general ability, safety and over-refusal of single-picture training",
-        "FigStep asks for harm that one picture shows; MSSBench has requests that are harmless, or risky in their "
-        "situation. Here `easy` shows the harm in a picture, twins are the harmless requests, and `hard` is risky only "
-        "together.",
+        "The paper's columns are of InternVL2.5-8B and Qwen2-VL-7B, here and below. FigStep asks for harm that one "
+        "picture shows; MSSBench has requests that are harmless, or risky in their situation. Here `easy` shows the "
+        "harm in a picture, twins are the harmless requests, and `hard` is risky only together.",
         t.table_1,
     ),
     (
@@ -110,14 +115,11 @@ PER_FAMILY: tuple[tuple[str, str, Callable[[Experiment, str], Table]], ...] = (
 
 def build(experiment: Experiment, *, overview_svg: str = "", curves_svg: str = "") -> Document:
     """The page. It copes with any part of the experiment and says what is missing."""
-    sections = [
-        Section("What it shows, and what it does not", tuple(_meaning(experiment))),
-        Section("The bars", (t.bars_table(experiment),)),
-    ]
+    sections = [Section("What it shows, and what it does not", tuple(_meaning(experiment)))]
     for title, text, table in PER_FAMILY:
         blocks: list[Block] = [text]
         for family in experiment.families:
-            blocks += [f"**{FAMILY_TITLES[family]}** beside {MODELS[family]}", _or_nothing(table(experiment, family))]
+            blocks += [f"**{FAMILY_TITLES[family]}**", _or_nothing(table(experiment, family))]
         sections.append(Section(title, tuple(blocks)))
     sections.append(Section("Learning curves", (Figure(figures.CURVES, _CURVES_ALT, curves_svg),)))
     sections.append(Section("Paired tests", tuple(_tests(experiment))))

@@ -13,7 +13,7 @@ from mirage.config.loader import load_recipe, resolved_json
 from mirage.config.schema import Family, Recipe
 from mirage.errors import UserError
 from mirage.evals.results import RESULTS_FILE, SAMPLES_FILE
-from mirage.files import file_sha256
+from mirage.files import file_sha256, write_atomic
 from mirage.miniature.conditions import (
     BASE,
     CONDITIONS,
@@ -32,6 +32,7 @@ from mirage.miniature.conditions import (
 DATA_DIR = Path("data/mini")
 ROWS_FILE = "rows.jsonl"
 REPEAT_SUFFIX = "-again"
+BASE_FILE = "base.json"
 TRAIN_FILE = "mirage/train.py"
 LAUNCH_CONFIG = "recipes/accelerate/cpu2.yaml"
 # Sections that may differ between a finished run and the same command now: they change neither weights nor answers.
@@ -182,16 +183,42 @@ def last_evaluation(run_dir: Path) -> Path | None:
     return None if steps is None else run_dir / "evals" / f"step-{steps:06d}"
 
 
+@lru_cache(maxsize=8)
+def base_fingerprint(family: Family) -> str:
+    """Identity of the shipped base's weights. Raises `UserError` where there are none."""
+    from mirage.evals.request import weights_fingerprint
+    from mirage.models.registry import find_weights
+
+    return weights_fingerprint(find_weights(shipped(family)))
+
+
+def note_base(job: Job) -> None:
+    """Write down which base a training starts from, once; a later base of the same name is another one."""
+    file = job.folder / BASE_FILE
+    if not file.is_file():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps({"fingerprint": base_fingerprint(job.family)}) + "\n")
+
+
+def read_base(run_dir: Path) -> str | None:
+    """The fingerprint of the base that a run has started from; None where it has not started."""
+    file = run_dir / BASE_FILE
+    return json.loads(file.read_text(encoding="utf-8"))["fingerprint"] if file.is_file() else None
+
+
 def state(job: Job) -> str:
     """`done`, `measure` (trained, and a task is missing) or `open`.
 
     Raises `UserError` where the folder holds a run of other settings or an evaluation of other data: neither is
     thrown away here, nor taken for this run.
     """
+    trained = job.condition.recipe is not None
+    if trained and read_base(job.folder) not in (None, base_fingerprint(job.family)):
+        raise UserError(f"{job.folder} was trained from other weights than {shipped(job.family)} now has; remove it")
     found = result_folder(job)
     if found is None:
         return "open"
-    if job.condition.recipe is not None:
+    if trained:
         _check_settings(job)
     if not (found / RESULTS_FILE).is_file() or not (found / SAMPLES_FILE).is_file():
         return "open"
@@ -203,9 +230,9 @@ def state(job: Job) -> str:
             "again, or give --out another folder"
         )
     same = results["max_samples"] == job.options.max_samples and set(job.tasks) <= set(results["tasks"])
-    if same:
+    if same and (trained or results["fingerprint"] == base_fingerprint(job.family)):
         return "done"
-    return "open" if job.condition.recipe is None else "measure"
+    return "measure" if trained else "open"
 
 
 def rows_fingerprint(data_dir: Path) -> str:

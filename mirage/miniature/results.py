@@ -18,6 +18,7 @@ from mirage.miniature.plan import (
     ROWS_FILE,
     last_evaluation,
     manifest_sha256,
+    read_base,
     rows_fingerprint,
     settings_hash,
 )
@@ -48,6 +49,13 @@ def collect(out: Path, *, data_dir: Path) -> dict[str, Any]:
             f"runs in {out} were measured on other rows than {data_dir} holds, so they cannot be compared; remove the "
             "run folders and run them again"
         )
+    for family in FAMILIES:
+        bases = {run["base"] for run, _ in runs if run["family"] == family and run["seed"] is not None}
+        bases |= {run["weights"] for run, _ in runs if run["family"] == family and run["condition"] == BASE}
+        if len(bases - {None}) > 1:
+            raise UserError(
+                f"runs of {family} in {out} start from different base weights; remove those of the old base"
+            )
     tasks = _describe_samples(asked, data_dir) if asked else {}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -146,6 +154,7 @@ def _training(run_dir: Path) -> dict[str, Any]:
     seconds = [line["train/step_seconds"] for line in logged]
     per_row = summary["data/supervised_tokens"] / summary["data/rows"]
     return {
+        "base": read_base(run_dir),
         "settings": settings_hash(recipe),
         "world_size": _world_size(run_dir, steps),
         "steps": steps,
@@ -193,7 +202,6 @@ def _describe_samples(asked: Mapping[str, Mapping[str, str]], data_dir: Path) ->
         found[task] = {
             "ids": " ".join(ids),
             "clusters": " ".join(str(numbers[clusters[identity]]) for identity in ids),
-            "siblings": " ".join(rows[identity]["tags"].get("sibling_of", NOT_ASKED) for identity in ids),
             "groups": {
                 name: coded
                 for name in GROUPS

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mirage.miniature.analysis import Experiment, Question, ask, complement
 from mirage.miniature.bars import RISKY, decision, find_bars, show, show_change, tokens
-from mirage.miniature.conditions import BASE, CONDITIONS, FAMILY_TITLES, MAIN
+from mirage.miniature.conditions import BASE, CONDITIONS, MAIN
 from mirage.miniature.document import Table
 from mirage.miniature.paper import TABLE_1, TABLE_2, TABLE_4, TABLE_6, TABLE_11, Rates
 
@@ -29,20 +29,10 @@ def _present(experiment: Experiment, family: str, conditions: Sequence[str]) -> 
     return [key for key in conditions if experiment.find(family, key)]
 
 
-def bars_table(experiment: Experiment) -> Table:
-    """Each bar: target, what was found in each family, met or missed."""
-    families = experiment.families
-    by_family = [find_bars(experiment, family) for family in families]
-    header = ["bar", "target"]
-    for family in families:
-        header += [FAMILY_TITLES[family], "verdict"]
-    rows = []
-    for bars in zip(*by_family, strict=True):
-        cells = [bars[0].name, bars[0].target]
-        for bar in bars:
-            cells += [bar.found or NONE, bar.verdict]
-        rows.append(tuple(cells))
-    return Table(tuple(header), tuple(rows), num_labels=2)
+def bars_table(experiment: Experiment, family: str) -> Table:
+    """Each bar: target, what was found, met or missed."""
+    rows = [(bar.name, bar.target, bar.found or NONE, bar.verdict) for bar in find_bars(experiment, family)]
+    return Table(("bar", "target", "found", "verdict"), tuple(rows), num_labels=3)
 
 
 def table_1(experiment: Experiment, family: str) -> Table:
