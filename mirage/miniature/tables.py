@@ -178,6 +178,7 @@ def order_table(experiment: Experiment, family: str) -> Table:
         ("twins: refused", ask("twins", "refused")),
         ("twins, pictures swapped: refused", ask("twins@swap", "refused")),
         ("sibling, other order: ASR", ask("contrast", "asr", sibling_kind="swap_order")),
+        ("harmless sibling, other order: refused", ask("contrast_twins", "refused", sibling_kind="swap_order")),
         ("sibling, objects in the text: ASR", ask("contrast", "asr", sibling_kind="all_in_text")),
         ("its harmless sibling: refused", ask("contrast_twins", "refused", sibling_kind="all_in_text")),
         ("asked to keep things apart: refused", ask("contrast_twins", "refused", sibling_kind="protective_intent")),
