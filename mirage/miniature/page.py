@@ -142,7 +142,7 @@ def _opening(experiment: Experiment) -> Iterator[Block]:
         "The paper's comparison as an experiment on tiny models of the real architectures, with data drawn offline: a "
         "base that helps with everything is made safe in each of the ways below, through the same recipes, trainer, "
         "packing, ZeRO-3 and evaluation as at full size. `make experiment` makes all of this again; "
-        "`make experiment QUICK=1` is a short form for minutes. What is done is not run again, what was cut is continued; "
+        "`make experiment QUICK=1` is a short form for minutes. What is done is not run again, what was cut goes on; "
         '`ARGS="--seeds 0,1 --lanes 2"` chooses seeds and runs two runs side by side (`ARGS=--help` lists the rest). '
         "This page is computed from `experiment/results.json`."
     )
