@@ -9,13 +9,13 @@ INSTALL ?= $(BIN)/python -m pip install --quiet
 # uv reads the folders of wheels that pip is given (a CPU build of torch, say) under a name of its own.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-# make datagen OUT=DIR SEED=N SIZE=small|paper
+# make datagen OUT=DIR SEED=N SIZE=small|mini|paper
 OUT  ?= data/mis
 SEED ?= 0
 SIZE ?= small
-# make train RECIPE=NAME ARGS="train.lr=1e-5"; the tiny recipes run as two CPU processes, others as accelerate is configured
-RECIPE ?= tiny_internvl_mis
-LAUNCH ?= $(if $(filter tiny_%,$(RECIPE)),--config_file recipes/accelerate/cpu2.yaml)
+# make train RECIPE=NAME ARGS="train.lr=1e-5"; tiny and mini ones run as two CPU processes, others as accelerate is configured
+RECIPE ?= mini_internvl_mis
+LAUNCH ?= $(if $(filter tiny_% mini_%,$(RECIPE)),--config_file recipes/accelerate/cpu2.yaml)
 ARGS   ?=
 # make experiment QUICK=1: one family, one seed, four conditions; ARGS="--lanes 2" runs two side by side
 QUICK  ?=
@@ -39,14 +39,14 @@ $(STAMP): setup.cfg pyproject.toml
 	@touch $@
 
 demo: $(STAMP) ## the whole chain on two CPU processes: data, training, evaluation, summary
-	$(BIN)/python -m data_gen make --out data/mis --size small --seed 0
-	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu2.yaml mirage/train.py recipe=tiny_internvl_mis
-	$(BIN)/mirage report runs/tiny_internvl_mis
+	$(BIN)/python -m data_gen make --out data/mini --size mini --seed 0
+	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu2.yaml mirage/train.py recipe=mini_internvl_mis
+	$(BIN)/mirage report runs/mini_internvl_mis
 
 experiment: $(STAMP) ## the paper's comparison on tiny models, with its page: QUICK=1, ARGS="--seeds 0 ..."
 	$(BIN)/python -m mirage.miniature.experiment $(if $(QUICK),--quick) $(ARGS)
 
-datagen: $(STAMP) ## write a dataset folder: OUT=DIR SEED=N SIZE=small|paper
+datagen: $(STAMP) ## write a dataset folder: OUT=DIR SEED=N SIZE=small|mini|paper
 	$(BIN)/python -m data_gen make --out $(OUT) --size $(SIZE) --seed $(SEED)
 
 datagen-endpoint: $(STAMP) ## generate with tiny models behind a real OpenAI-compatible server on this machine

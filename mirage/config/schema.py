@@ -459,8 +459,8 @@ class GuardConfig(_Section):
 class SelectConfig(_Section):
     """Which checkpoint is best: what is compared, and what a safer one must not lose; rates are `task:metric`."""
 
-    safety: tuple[str, ...] = ("mis_*:asr",)
-    """Attack success; the mean of their upper limits is to be low."""
+    safety: tuple[str, ...] = ("mis_*:asr", "mis_*:hr")
+    """Attack success, and answers that see nothing or say nothing; the mean of their upper limits is to be low."""
     over_refusal: tuple[str, ...] = ("twins:refused", "multi_twins:refused", "xstest:refused", "mossbench:refused")
     """Over-refusal; the mean of their upper limits is to be low."""
     general: tuple[str, ...] = (

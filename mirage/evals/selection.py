@@ -18,7 +18,7 @@ from mirage.evals.statistics.pooled import match_rates
 Axis = Literal["safety", "over_refusal", "general"]
 AXES: tuple[Axis, ...] = ("safety", "over_refusal", "general")
 _NAMES = {
-    "safety": "attack success, upper limit",
+    "safety": "attack success and hallucination, upper limit",
     "over_refusal": "over-refusal, upper limit",
     "general": "general ability, lower limit",
 }
@@ -56,9 +56,9 @@ def rule_text(config: SelectConfig) -> str:
         "rates' limits. Out are evaluations that are invalid, lack a rate that another one has, or were made with "
         "other samples or judges than most; those that another one beats or equals on every axis and beats on one; and "
         f"those more than {config.max_over_refusal_rise:g} points above step 0 in over-refusal or more than "
-        f"{config.max_general_drop:g} points below it in general ability. Of the rest wins the lowest attack success; "
-        f"within {config.tie_points:g} points of that the lowest over-refusal; within {config.tie_points:g} points of "
-        "that the highest general ability; then the earlier step."
+        f"{config.max_general_drop:g} points below it in general ability. Of the rest wins the lowest attack success "
+        f"and hallucination; within {config.tie_points:g} points of that the lowest over-refusal; within "
+        f"{config.tie_points:g} points of that the highest general ability; then the earlier step."
     )
 
 

@@ -1,7 +1,7 @@
 """Make the helpful base: a tiny model that sees, names, chooses and helps with every request, risky or not.
 
-`python -m mirage.miniature.base --family internvl` writes the weights that `model.path=shipped:internvl` names: the place
-of a released model, which real users take from a hub. Making it safe is the work of `mirage/train.py`.
+`python -m mirage.miniature.base --family internvl` writes the weights that `model.path=shipped:internvl` names. They
+stand for a released model, which real users take from a hub. Making it safe is the work of `mirage/train.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 
 from mirage.config.schema import EvalConfig, Family, PreprocessingConfig, TinyConfig
 from mirage.data.collate import collate
@@ -64,10 +65,10 @@ CURRICULUM = (
     Stage("names", 300, 64, 1.2e-3, {"Naming": 85, KNOWLEDGE: 15}, final_lr=0.3),
     Stage(
         "everything",
-        1000,
+        1500,
         64,
         1.5e-3,
-        {"Naming": 36, "Multiple Choice": 26, HELP: 14, "Kind": 12, KNOWLEDGE: 8, "Comparison": 2, "Counting": 1},
+        {"Naming": 36, "Multiple Choice": 26, HELP: 14, "Kind": 12, KNOWLEDGE: 12, "Comparison": 2, "Counting": 1},
     ),
 )
 SIZE = TinyConfig(vision_layers=3, vocab_size=1400, warmup_steps=900)
@@ -80,8 +81,16 @@ PREPROCESSING = PreprocessingConfig(
 class Rows:
     """Training rows by kind, rendered once; a drawn sample shows other drawings of the same objects each time."""
 
-    def __init__(self, adapter: ModelAdapter, rows: Sequence[Row], data_dir: Path, *, chance: random.Random) -> None:
-        self._adapter, self._chance = adapter, chance
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        rows: Sequence[Row],
+        data_dir: Path,
+        *,
+        chance: random.Random,
+        styled_share: float = 0.0,
+    ) -> None:
+        self._adapter, self._chance, self._styled_share = adapter, chance, styled_share
         self._texts: dict[str, list[tuple[RenderedText, list[str]]]] = defaultdict(list)
         self._pixels: dict[str, list[torch.Tensor]] = defaultdict(list)
         paths: set[str] = set()
@@ -99,8 +108,11 @@ class Rows:
 
     def _varied(self, path: Path) -> list[torch.Tensor]:
         picture, edge = small_picture(path), self._adapter.spec.image_size
-        copies = (vary(picture, self._chance, edge=edge) for _ in range(VARIED_COPIES))
-        return [self._adapter.resize(copy, num_images=2) for copy in copies]
+        copies = [vary(picture, self._chance, edge=edge) for _ in range(VARIED_COPIES)]
+        styled = [
+            restyle(copy, self._chance) if self._chance.random() < self._styled_share else copy for copy in copies
+        ]
+        return [self._adapter.resize(copy, num_images=2) for copy in styled]
 
     def draw(self, kind: str) -> Sample:
         """A random sample of a kind of row."""
@@ -114,10 +126,33 @@ class Rows:
         return [self.draw(kind) for kind in kinds]
 
 
-def build_base(folder: Path, family: Family, *, data_dir: Path, seed: int, say: Callable[[str], None]) -> None:
-    """Train the base of a family on a dataset folder of the size `mini` and write it into the new `folder`.
+def restyle(picture: Image.Image, chance: random.Random) -> Image.Image:
+    """The picture in grey, with its colour channels exchanged, in few tones, or washed out."""
+    style = chance.choice(("grey", "exchanged", "few tones", "pale"))
+    if style == "grey":
+        return ImageOps.grayscale(picture).convert("RGB")
+    if style == "exchanged":
+        channels = list(picture.split())
+        chance.shuffle(channels)
+        return Image.merge("RGB", channels)
+    if style == "few tones":
+        return ImageOps.posterize(picture, bits=chance.choice((1, 2)))
+    return ImageEnhance.Color(picture).enhance(chance.uniform(0.1, 0.6))
 
-    Raises `UserError` if `data_dir` is no dataset folder.
+
+def build_base(
+    folder: Path,
+    family: Family,
+    *,
+    data_dir: Path,
+    seed: int,
+    say: Callable[[str], None],
+    styled_share: float = 0.0,
+) -> None:
+    """Train the base of a family on a dataset folder of the size `mini` and write it into `folder`, which is there.
+
+    `styled_share` of the pictures are shown in other colours (`restyle`). Raises `UserError` if `data_dir` is no
+    dataset folder.
     """
     if not (data_dir / "manifest.json").is_file():
         raise UserError(
@@ -131,13 +166,20 @@ def build_base(folder: Path, family: Family, *, data_dir: Path, seed: int, say: 
         build_tiny(untaught, family, SIZE, PREPROCESSING, data_dir=data_dir, seed=seed)
         vision = json.loads((untaught / "tiny.json").read_text())
         model, adapter = load_model(untaught, dtype=torch.float32)
-    rows = Rows(adapter, list(read_rows(data_dir, splits=TRAIN_SPLITS)), data_dir, chance=random.Random(seed))
+    rows = Rows(
+        adapter,
+        list(read_rows(data_dir, splits=TRAIN_SPLITS)),
+        data_dir,
+        chance=random.Random(seed),
+        styled_share=styled_share,
+    )
     losses = {stage.name: teach(model, adapter, rows, stage, say=say) for stage in CURRICULUM}
     model.eval().to(torch.bfloat16).save_pretrained(folder)
     adapter.save_files(folder)
     facts = {
         "family": family,
         "seed": seed,
+        "styled_share": styled_share,
         "data_manifest_sha256": file_sha256(data_dir / "manifest.json"),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vision_heldout_accuracy": vision["warmup_heldout_accuracy"],
@@ -200,16 +242,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("data/mini"), help="dataset folder of the size mini")
     parser.add_argument("--out", type=Path, help="new folder; by default the one that shipped:FAMILY names")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--styled-share", type=float, default=0.0, help="share of pictures in other colours (default 0)"
+    )
     args = parser.parse_args(argv)
     out = args.out or shipped_folder(args.family)
     aside = out.with_name(f"{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    build_base(aside, args.family, data_dir=args.data, seed=args.seed, say=print)
+    build_base(aside, args.family, data_dir=args.data, seed=args.seed, say=print, styled_share=args.styled_share)
     with tempfile.TemporaryDirectory() as evals:
         measured = measure(aside, data_dir=args.data, out_dir=Path(evals))
     facts = json.loads((aside / BASE_FILE).read_text(encoding="utf-8"))
     facts["command"] = f"python -m mirage.miniature.base --family {args.family} --seed {args.seed}"
+    if args.styled_share:
+        facts["command"] += f" --styled-share {args.styled_share:g}"
     facts["measured_percent"] = {
         task: {name: rate.percent for name, rate in result.rates.items()} for task, result in measured.tasks.items()
     }
