@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,17 +27,23 @@ BASELINES = {
     "internvl_mis_sorry": ("all", "refusal"),
     "internvl_mis_textonly": ("none", "full"),
 }
+# What is only compared in miniature: the paper's own mixture beside the one with twins, and answers without reasoning.
+MINI = {"mini_internvl_mis": "full", "mini_internvl_mis_paper": "full", "mini_internvl_direct": "reply"}
+
+
+def _mini(name: str) -> str:
+    return f"mini_{name.replace('_mis_', '_')}"
 
 
 def test_the_recipes_are_these() -> None:
-    full = [*FULL, *BASELINES]
-    assert sorted([*full, *(f"tiny_{name}" for name in full)]) == NAMES
+    assert sorted([*FULL, *BASELINES, *(f"tiny_{name}" for name in FULL), *map(_mini, BASELINES), *MINI]) == NAMES
 
 
-@pytest.mark.parametrize("prefix", ["", "tiny_"])
+@pytest.mark.parametrize("mini", [False, True])
 @pytest.mark.parametrize("name", BASELINES)
-def test_baselines_differ_from_mirage_in_what_the_paper_says(name: str, prefix: str) -> None:
-    baseline, mirage = load_recipe([f"recipe={prefix}{name}"]), load_recipe([f"recipe={prefix}internvl_mis"])
+def test_baselines_differ_from_mirage_in_what_the_paper_says(name: str, mini: bool) -> None:
+    baseline = load_recipe([f"recipe={_mini(name) if mini else name}"])
+    mirage = load_recipe([f"recipe={'mini_' if mini else ''}internvl_mis"])
     risky = baseline.data.sources[0]
     assert (risky.split, risky.pictures, risky.answers) == ("train", *BASELINES[name])
     for section in ("preprocessing", "checkpoint", "eval", "tracking"):
@@ -59,10 +66,27 @@ def test_settings_of_the_papers_baselines(name: str, lr: float, epochs: float) -
     assert mixture_counts([3927, 3927], recipe.data.sources) == [2000, 1000]
 
 
+@pytest.mark.parametrize(("name", "answers"), MINI.items())
+def test_the_conditions_in_miniature_show_the_same_pictures(name: str, answers: str) -> None:
+    recipe = load_recipe([f"recipe={name}"])
+    assert recipe.model.path == "shipped:internvl" and recipe.model.tiny is None
+    assert [(source.pictures, source.answers) for source in recipe.data.sources[:-1]] in (
+        [("all", answers)] * 2,
+        [("all", answers)],
+    )
+    assert any(source.split == "train_twins" for source in recipe.data.sources) is not name.endswith("_paper")
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_find_their_rows(name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIRAGE_CACHE", str(tmp_path))
-    recipe = load_recipe([f"recipe=tiny_{name}", f"data.dir={shapes}"])
+    # The few rows of this dataset do not do for a share.
+    sources = load_recipe([f"recipe={_mini(name)}"]).data.sources
+    asked = [
+        {"split": item.split, "pictures": item.pictures, "answers": item.answers, "max_samples": item.max_samples}
+        for item in sources
+    ]
+    recipe = load_recipe([f"recipe={_mini(name)}", f"data.dir={shapes}", f"data.sources={json.dumps(asked)}"])
     mixture = load_mixture(recipe.data, seed=0)
     assert mixture.left_out == []
     assert {entry.source for entry in mixture.rows} == {source.split for source in recipe.data.sources}
