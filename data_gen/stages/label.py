@@ -74,7 +74,7 @@ def draft_tags(taxonomy: Taxonomy, draft: Draft) -> dict[str, str]:
 
 def _sibling_tags(draft: Draft) -> dict[str, str]:
     """Which row a contrast or line row is made from, and the style of line art; rows in colour have no such tag."""
-    tags = {"style": draft.style} if draft.style != "colour" else {}
+    tags: dict[str, str] = {"style": draft.style} if draft.style != "colour" else {}
     if draft.sibling_kind is not None:
         tags |= {"sibling_kind": draft.sibling_kind, "sibling_of": f"draft-{draft.sibling_of}"}
     return tags
