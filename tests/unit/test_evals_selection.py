@@ -98,7 +98,7 @@ def test_an_evaluation_of_fewer_samples_or_tasks_is_not_compared(tmp_path: Path)
     evaluate(tmp_path, 40, asr=0, refused=0, right=200, judge="kinder")
     selection = choose(tmp_path)
     assert selection.step == 10
-    assert "measured on other samples (60 counted over its rates, 600 in" in why(selection, 20)
+    assert "measured on other samples (80 counted over its rates, 800 in" in why(selection, 20)
     assert "lacks general:accuracy, twins:refused" in why(selection, 30)
     assert "scored by judge kinder-v1, the others by fake-v1" in why(selection, 40)
 

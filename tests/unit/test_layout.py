@@ -116,7 +116,8 @@ def test_nothing_of_one_machine(needles: list[str]) -> None:
 
 def test_no_large_file_is_in_the_checkout() -> None:
     large = {relative(path): path.stat().st_size for path in checkout_files() if path.stat().st_size > 2_000_000}
-    assert large == {}
+    shipped = {f"mirage/models/shipped/{family}/model.safetensors" for family in ("internvl", "qwen2_vl")}
+    assert large.keys() <= shipped and all(size <= 4 * 1024**2 for size in large.values()), large
 
 
 def test_base_install_needs_no_torchvision() -> None:

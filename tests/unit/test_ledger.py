@@ -35,7 +35,7 @@ def test_every_row_is_trained_on_or_listed(make, tmp_path):
     everything = {entry.row.id for entry in make()[2]}
     ledger, plan, rows = make(
         "data.sources=[{split: train, max_samples: 5}, {split: train_twins}, {split: train_general}]",
-        "data.pack_tokens=104",
+        "data.pack_tokens=103",
         "data.on_too_long=drop",
         "data.max_left_out=99",
         "train.max_steps=3",
