@@ -81,7 +81,7 @@ class ModelConfig(_Section):
     family: Family
     """Architecture family: internvl or qwen2_vl."""
     path: str | None = None
-    """Local folder with the weights, or a hub id (this and attention=kernels are all that fetches from a hub)."""
+    """Local folder with the weights, a hub id (this and attention=kernels alone fetch there), or shipped:internvl."""
     revision: str | None = None
     """Hub revision of `path`."""
     tiny: TinyConfig | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+import mimetypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mirage.evals.results import SAMPLES_FILE, read_samples
+from mirage.files import write_atomic
 
 PAGE_FILE = "before_after.html"
 _RISKY, _BENIGN = ("mis_hard", "mis_easy"), ("twins",)
@@ -94,18 +96,15 @@ def _cell(row: Mapping[str, Any]) -> str:
 def write_page(path: Path, pairs: Sequence[Pair], *, titles: tuple[str, str]) -> None:
     """The pairs as a page that opens from disk, pictures inside."""
     sections = "".join(_section(pair, titles) for pair in pairs)
-    path.write_text(
+    write_atomic(
+        path,
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>Before and after</title><style>{_STYLE}</style><h1>Before and after</h1>{sections}</html>\n",
-        encoding="utf-8",
     )
 
 
 def _section(pair: Pair, titles: tuple[str, str]) -> str:
-    pictures = "".join(
-        f"<img alt='picture {number}' src='data:image/png;base64,{_bytes(path)}'>"
-        for number, path in enumerate(pair.pictures, start=1)
-    )
+    pictures = "".join(_image(path, number) for number, path in enumerate(pair.pictures, start=1))
     answers = "".join(
         f"<div><h3>{html.escape(title)}</h3><p>{html.escape(row['answer'] or '(empty)')}</p>"
         f"<p class=verdict>{html.escape(str(row['verdict']))}: {html.escape(str(row['reason']))}</p></div>"
@@ -117,5 +116,10 @@ def _section(pair: Pair, titles: tuple[str, str]) -> str:
     )
 
 
-def _bytes(path: str) -> str:
-    return base64.b64encode(Path(path).read_bytes()).decode()
+def _image(path: str, number: int) -> str:
+    """The picture inside the page; its name where the dataset has been moved or deleted since."""
+    if not Path(path).is_file():
+        return f"<p>picture {number}: {html.escape(Path(path).name)} is no longer there</p>"
+    kind = mimetypes.guess_type(path)[0] or "image/png"
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    return f"<img alt='picture {number}' src='data:{kind};base64,{data}'>"

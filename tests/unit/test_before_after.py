@@ -77,3 +77,10 @@ def test_the_page_holds_pictures_and_escapes_answers(tmp_path: Path, picture: Pa
     assert text.count("data:image/png;base64,") == 4
     assert "question 1 &lt;b&gt;" in text and "<b>" not in text
     assert str(picture) not in text
+
+
+def test_a_picture_that_is_gone_is_said_and_stops_nothing(tmp_path: Path, picture: Path) -> None:
+    pairs = find_pairs(*_folders(tmp_path, picture))
+    picture.unlink()
+    write_page(tmp_path / "page.html", pairs, titles=TITLES)
+    assert "picture 2: one.png is no longer there" in (tmp_path / "page.html").read_text()
