@@ -570,6 +570,35 @@ class EvalConfig(_Section):
         return self
 
 
+class AlertsConfig(_Section):
+    """What is said once, aloud, while a run goes: on the terminal, in alerts.jsonl and as a wandb alert."""
+
+    not_finite: bool = True
+    """A loss or gradient norm that is no number."""
+    data_wait_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of a step spent waiting for data from which on the step counts as stalled."""
+    data_wait_steps: int = Field(default=20, ge=0)
+    """Stalled steps in a row, among those that are logged, that raise the alert; 0 never does."""
+    asr_rise: float | None = Field(default=2.0, ge=0)
+    """Percentage points that a rate of eval.select.safety must rise by from one evaluation to the next, beyond noise
+    (paired test, 5%); null: none is looked at."""
+    over_refusal_rise: float | None = Field(default=5.0, ge=0)
+    """The same for a rate of eval.select.over_refusal."""
+
+
+class ArtifactsConfig(_Section):
+    """What wandb keeps as versioned artifacts. card: what it is, with hashes and its place; files: its files too."""
+
+    dataset: Literal["off", "card", "files"] = "card"
+    """The dataset folder of data.dir. files: manifest and card; its pictures and rows stay where they are."""
+    checkpoint: Literal["off", "card", "files"] = "card"
+    """Each checkpoint. files: the model part."""
+    results: Literal["off", "card", "files"] = "files"
+    """Each evaluation. files: results.json, guards.json and samples.jsonl."""
+    max_bytes: int = Field(default=64 * 1024**2, ge=0)
+    """Most bytes of files in one artifact; a file that goes beyond is left out, and the card says which."""
+
+
 class TrackingConfig(_Section):
     """Where numbers go."""
 
@@ -582,7 +611,13 @@ class TrackingConfig(_Section):
     tags: tuple[str, ...] = ()
     """wandb tags."""
     table_rows: int = Field(default=24, ge=0)
-    """Samples a task shown in the wandb table with their pictures."""
+    """Samples a task shown in the wandb table with their pictures; those whose verdict changed come first."""
+    picture_pixels: int = Field(default=384, ge=16)
+    """Longest edge of a picture in a table; the originals stay in the dataset folder."""
+    table_bytes: int = Field(default=8 * 1024**2, ge=0)
+    """Most bytes of pictures in one table; beyond that a row is shown without them."""
+    artifacts: ArtifactsConfig = ArtifactsConfig()
+    alerts: AlertsConfig = AlertsConfig()
     loss_by_part: bool = True
     """Log loss and token accuracy of each source, and of each part of the answer (perceive, relate, risk, reply)."""
     console: Literal["rich", "plain", "quiet"] = "rich"
