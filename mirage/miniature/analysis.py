@@ -74,6 +74,7 @@ class Experiment:
         self.content = content
         self.tasks: Mapping[str, Any] = content["tasks"]
         self.runs: Sequence[Run] = content["runs"]
+        self.curves: Sequence[Mapping[str, Any]] = content["curves"]
 
     @cached_property
     def families(self) -> tuple[str, ...]:

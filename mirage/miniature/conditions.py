@@ -34,6 +34,11 @@ PICTURE_PROBES = ("twins@white", "twins@text_only")
 BLANK_PROBES = ("mis_hard@white1", "mis_hard@white2", "twins@white1", "twins@white2")
 ORDER_PROBES = ("mis_hard@swap", "twins@swap")
 
+# The run that a family does twice is also measured on the way, the second time: its learning curve.
+CURVE_TASKS = ("mis_easy", "mis_hard", "twins", "general")
+CURVE_EVERY_STEPS = 64
+CURVE_MAX_SAMPLES = 120
+
 QUICK_CONDITIONS = ("vlguard", "mis", MAIN)
 QUICK_TASKS = ("mis_easy", "mis_hard", "twins", "general")
 QUICK_MAX_SAMPLES = 80

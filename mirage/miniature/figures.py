@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirage.errors import UserError
-from mirage.miniature.analysis import Experiment, ask
+from mirage.evals.metrics import wilson
+from mirage.miniature.analysis import Experiment, Question, ask
 from mirage.miniature.bars import RISKY
 from mirage.miniature.conditions import CONDITIONS, FAMILY_TITLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OVERVIEW, CURVES = "experiment", "experiment_curves"
+OVERVIEW, CURVES, PROGRESS = "experiment", "experiment_curves", "experiment_progress"
 # (question, label, colour, hatch): Okabe and Ito's colours, told apart by every kind of colour vision; hatches and
 # places tell them apart without colour.
 _RATES = (
@@ -127,6 +128,42 @@ def curves(experiment: Experiment) -> Figure:
             panel.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes[-1].set_xlabel("optimiser step")
     return figure
+
+
+def progress(experiment: Experiment) -> Figure | None:
+    """The rates of `overview` by step, from the base on, of the run that is measured on the way; None without one.
+
+    One panel a family, 95% Wilson intervals as bands.
+    """
+    found = [curve for family in experiment.families for curve in experiment.curves if curve["family"] == family]
+    if not found:
+        return None
+    figure = _pyplot_free()(figsize=(_INCH_WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for panel, curve in zip(axes, found, strict=True):
+        steps = [point["step"] for point in curve["points"]]
+        for (question, label, colour, _), dash, marker in zip(_RATES, _DASHES, "os^"):
+            counts = [pooled_counts(point, question) for point in curve["points"]]
+            intervals = [wilson(*count) for count in counts]
+            style = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4, "linewidth": 1.4}
+            panel.plot(steps, [100 * hits / n for hits, n in counts], label=label, **style)
+            low, high = zip(*intervals, strict=True)
+            panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        title = f"{FAMILY_TITLES[curve['family']]}: {CONDITIONS[curve['condition']].title}, seed {curve['seed']}"
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.set_ylim(-2, 102)
+        panel.set_xlabel("optimiser step")
+        panel.grid(color="#dddddd", linewidth=0.6)
+    axes[0].set_ylabel("percent")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def pooled_counts(point: Mapping[str, Any], question: Question) -> tuple[int, int]:
+    """(hits, judged samples) of a point of a learning curve, the question's tasks taken together."""
+    counts = [point["counts"][task] for task in question.tasks if task in point["counts"]]
+    return sum(item[question.metric] for item in counts), sum(item["n"] for item in counts)
 
 
 def mean_curve(experiment: Experiment, family: str, condition: str) -> list[tuple[int, float]]:

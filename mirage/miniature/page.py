@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from mirage.errors import run_main
@@ -11,7 +11,7 @@ from mirage.files import write_atomic
 from mirage.miniature import figures
 from mirage.miniature import tables as t
 from mirage.miniature.analysis import Experiment
-from mirage.miniature.conditions import CONDITIONS, FAMILY_TITLES
+from mirage.miniature.conditions import CONDITIONS, CURVE_EVERY_STEPS, FAMILY_TITLES
 from mirage.miniature.document import Block, Bullets, Document, Figure, Section, Table, markdown, web_page
 from mirage.miniature.findings import (
     LIMITS,
@@ -113,24 +113,26 @@ PER_FAMILY: tuple[tuple[str, str, Callable[[Experiment, str], Table]], ...] = (
 )
 
 
-def build(experiment: Experiment, *, overview_svg: str = "", curves_svg: str = "") -> Document:
-    """The page. It copes with any part of the experiment and says what is missing."""
+def build(experiment: Experiment, *, svgs: Mapping[str, str] | None = None) -> Document:
+    """The page; `svgs` are its figures by name. It copes with any part of the experiment and says what is missing."""
+    drawn = svgs or {}
     sections = [Section("What it shows, and what it does not", tuple(_meaning(experiment)))]
     for title, text, table in PER_FAMILY:
         blocks: list[Block] = [text]
         for family in experiment.families:
             blocks += [f"**{FAMILY_TITLES[family]}**", _or_nothing(table(experiment, family))]
         sections.append(Section(title, tuple(blocks)))
-    sections.append(Section("Learning curves", (Figure(figures.CURVES, _CURVES_ALT, curves_svg),)))
+    sections.append(Section("Learning curves", tuple(_curves(experiment, drawn))))
     sections.append(Section("Paired tests", tuple(_tests(experiment))))
     sections.append(Section("Where it disagrees with the paper", tuple(_agreement(experiment))))
     sections.append(Section("Every run", tuple(_runs(experiment))))
-    opening = (*_opening(experiment), Figure(figures.OVERVIEW, _OVERVIEW_ALT, overview_svg))
+    opening = (*_opening(experiment), Figure(figures.OVERVIEW, _OVERVIEW_ALT, drawn.get(figures.OVERVIEW, "")))
     return Document("The paper in miniature", opening, tuple(sections))
 
 
 _OVERVIEW_ALT = "Bars: attack success, harmless twins refused and multiple-choice accuracy of each condition"
 _CURVES_ALT = "Training loss by optimiser step for each condition"
+_PROGRESS_ALT = "Attack success, twins refused and multiple-choice accuracy by optimiser step"
 
 
 def _or_nothing(table: Table) -> Block:
@@ -167,6 +169,19 @@ def _opening(experiment: Experiment) -> Iterator[Block]:
 
 
 NO_RECIPE = "none: `shipped:internvl`, `shipped:qwen2_vl`"
+
+
+def _curves(experiment: Experiment, svgs: Mapping[str, str]) -> Iterator[Block]:
+    if experiment.curves:
+        counts = experiment.curves[0]["points"][-1]["counts"]
+        asked = ", ".join(f"{count['n']} {task}" for task, count in sorted(counts.items()))
+        yield (
+            "What a run can do on its way: the run that is done twice is measured every "
+            f"{CURVE_EVERY_STEPS} steps the second time, on some of each task's samples "
+            f"({asked}). Bands: Wilson's 95% interval."
+        )
+        yield Figure(figures.PROGRESS, _PROGRESS_ALT, svgs.get(figures.PROGRESS, ""))
+    yield Figure(figures.CURVES, _CURVES_ALT, svgs.get(figures.CURVES, ""))
 
 
 def _meaning(experiment: Experiment) -> Iterator[Block]:
@@ -223,15 +238,21 @@ def _runs(experiment: Experiment) -> Iterator[Block]:
 def write_page(results_file: Path, *, docs: Path) -> Path:
     """Write Markdown, HTML and figures below `docs`; returns the Markdown file. Raises `UserError`."""
     experiment = Experiment(read_results_file(results_file))
-    drawn = {figures.OVERVIEW: figures.overview(experiment), figures.CURVES: figures.curves(experiment)}
+    drawn = {
+        figures.OVERVIEW: figures.overview(experiment),
+        figures.CURVES: figures.curves(experiment),
+        figures.PROGRESS: figures.progress(experiment),
+    }
     (docs / FIGURES).mkdir(parents=True, exist_ok=True)
     (docs / WEB_PAGE).parent.mkdir(parents=True, exist_ok=True)
     svgs = {}
     for name, figure in drawn.items():
+        if figure is None:
+            continue
         svgs[name] = figures.svg_text(figure)
         write_atomic(docs / FIGURES / f"{name}.svg", svgs[name])
         figures.write_png(figure, docs / FIGURES / f"{name}.png")
-    document = build(experiment, overview_svg=svgs[figures.OVERVIEW], curves_svg=svgs[figures.CURVES])
+    document = build(experiment, svgs=svgs)
     write_atomic(docs / MARKDOWN, markdown(document))
     write_atomic(docs / WEB_PAGE, web_page(document))
     return docs / MARKDOWN

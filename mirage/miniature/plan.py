@@ -17,6 +17,9 @@ from mirage.files import file_sha256, write_atomic
 from mirage.miniature.conditions import (
     BASE,
     CONDITIONS,
+    CURVE_EVERY_STEPS,
+    CURVE_MAX_SAMPLES,
+    CURVE_TASKS,
     FAMILIES,
     MAIN,
     QUICK_CONDITIONS,
@@ -88,8 +91,12 @@ class Job:
     def name(self) -> str:
         """Family, condition and seed in a line."""
         seed = "" if self.seed is None else f" seed {self.seed}"
-        again = " again" if self.folder.name.endswith(REPEAT_SUFFIX) else ""
-        return f"{self.family} {self.condition.key}{seed}{again}"
+        return f"{self.family} {self.condition.key}{seed}{' again' if self.is_repeat else ''}"
+
+    @property
+    def is_repeat(self) -> bool:
+        """Whether it does a run of another folder once more, measured on the way."""
+        return self.folder.name.endswith(REPEAT_SUFFIX)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -103,11 +110,13 @@ class Job:
             f"run_dir={self.folder}",
             f"data.dir={self.options.data_dir}",
             f"train.seed={self.seed}",
-            f"eval.tasks={','.join(self.tasks)}",
+            f"eval.tasks={','.join(CURVE_TASKS if self.is_repeat else self.tasks)}",
             "eval.at_start=false",
             "tracking.wandb=offline",
             "tracking.console=plain",
         ]
+        if self.is_repeat:
+            found += [f"checkpoint.every_steps={CURVE_EVERY_STEPS}", f"eval.smoke_samples={CURVE_MAX_SAMPLES}"]
         return found + ([f"eval.max_samples={self.options.max_samples}"] if self.options.max_samples else [])
 
     def recipe(self) -> Recipe:
@@ -144,7 +153,8 @@ def _load(settings: tuple[str, ...]) -> Recipe:
 def plan_jobs(options: Options) -> list[Job]:
     """All runs: a family's base, then all conditions of a seed before the next seed, one family after the other.
 
-    A family ends with one run that has been there before, in a folder of its own: one seed must give one result.
+    A family ends with one run that has been there before, in a folder of its own: one seed must give one result, also
+    where the run is measured on the way.
     Raises `UserError` for an unknown condition.
     """
     jobs = []

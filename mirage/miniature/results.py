@@ -11,7 +11,7 @@ from typing import Any
 from mirage.errors import UserError
 from mirage.evals.results import RESULTS_FILE, SAMPLES_FILE, read_samples
 from mirage.files import file_sha256, write_atomic
-from mirage.miniature.conditions import BASE, CONDITIONS, FAMILIES
+from mirage.miniature.conditions import BASE, CONDITIONS, CURVE_TASKS, FAMILIES
 from mirage.miniature.outcomes import METRICS, NOT_ASKED, base_task, count, kind_of, letter
 from mirage.miniature.plan import (
     REPEAT_SUFFIX,
@@ -23,7 +23,7 @@ from mirage.miniature.plan import (
     settings_hash,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # What samples are grouped by: tags of their rows, and two things that follow from the row.
 GROUPS = ("holdout", "structure", "sibling_kind", "num_images", "of")
 _LOSS_POINTS = 40
@@ -63,6 +63,7 @@ def collect(out: Path, *, data_dir: Path) -> dict[str, Any]:
         "tasks": tasks,
         "runs": [run | _outcomes(samples, tasks) for run, samples in runs],
         "repeats": list(_repeats(out)),
+        "curves": list(_curves(out)),
     }
 
 
@@ -99,6 +100,46 @@ def _repeats(out: Path) -> Iterator[dict[str, Any]]:
             "same_losses": _losses(first) == _losses(again),
             "world_sizes": [item["world_size"] for item in trained],
         }
+
+
+def _curves(out: Path) -> Iterator[dict[str, Any]]:
+    """What the runs that are measured on the way have found at each step, on the samples that every step was asked.
+
+    Step 0 is the family's base.
+    """
+    for run_dir in sorted(out.glob(f"*/*/seed-*{REPEAT_SUFFIX}")):
+        base = run_dir.parents[1] / BASE
+        if last_evaluation(run_dir) is None or not (base / SAMPLES_FILE).is_file():
+            continue
+        folders = {0: base} | {
+            int(file.parent.name.removeprefix("step-")): file.parent
+            for file in sorted(run_dir.glob(f"evals/step-*/{SAMPLES_FILE}"))
+        }
+        asked = {
+            step: {(row["task"], row["id"]): letter(row["task"], row) for row in read_samples(folder)}
+            for step, folder in folders.items()
+        }
+        shared = sorted(set.intersection(*(set(letters) for letters in asked.values())))
+        yield {
+            "family": run_dir.parents[1].name,
+            "condition": run_dir.parent.name,
+            "seed": _seed(run_dir.with_name(run_dir.name.removesuffix(REPEAT_SUFFIX))),
+            "points": [
+                {"step": step, "counts": _counts_by_task({key: letters[key] for key in shared})}
+                for step, letters in sorted(asked.items())
+            ],
+        }
+
+
+def _counts_by_task(letters: Mapping[tuple[str, str], str]) -> dict[str, dict[str, int]]:
+    texts = {task: [found for (name, _), found in letters.items() if name == task] for task in CURVE_TASKS}
+    return {task: _counts(task, text) for task, text in texts.items() if text}
+
+
+def _counts(task: str, outcomes: Sequence[str]) -> dict[str, int]:
+    """How many samples were judged, and how many of them count for each metric."""
+    metrics = METRICS[kind_of(task)]
+    return {"n": count(outcomes, "")[1]} | {name: count(outcomes, found)[0] for name, found in metrics.items()}
 
 
 def _losses(run_dir: Path) -> list[tuple[int, float]]:
@@ -244,8 +285,7 @@ def _outcomes(samples: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any]) ->
     for task, letters in sorted(by_task.items()):
         text = "".join(letters.get(identity, NOT_ASKED) for identity in tasks[base_task(task)]["ids"].split())
         outcomes[task] = text
-        metrics = METRICS[kind_of(task)]
-        counts[task] = {"n": count(text, "")[1]} | {name: count(text, found)[0] for name, found in metrics.items()}
+        counts[task] = _counts(task, text)
     return {"outcomes": outcomes, "counts": counts}
 
 
@@ -258,7 +298,8 @@ def write_results_file(found: Mapping[str, Any], file: Path) -> Path:
     lines.append(f' "dataset": {_json(found["dataset"])},')
     lines += [' "runs": [', ",\n".join(f"  {_json(run)}" for run in found["runs"]), " ],"]
     lines.append(f' "schema_version": {found["schema_version"]},')
-    lines.insert(2, f' "repeats": {_json(found["repeats"])},')
+    lines.insert(1, f' "curves": {_json(found["curves"])},')
+    lines.insert(3, f' "repeats": {_json(found["repeats"])},')
     tasks = [f"  {_json(name)}: {_json(task)}" for name, task in sorted(found["tasks"].items())]
     lines += [' "tasks": {', ",\n".join(tasks), " }", "}"]
     file.parent.mkdir(parents=True, exist_ok=True)

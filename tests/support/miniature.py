@@ -44,7 +44,22 @@ def content(
         "tasks": described,
         "runs": runs,
         "repeats": [{"family": family} | repeat for family in families],
+        "curves": [_curve(family) for family in families],
     }
+
+
+def _curve(family: str) -> dict[str, Any]:
+    counts = [
+        {
+            "mis_easy": {"n": 10, "asr": asr, "rsr": 10 - asr, "rr": 0, "hr": 0},
+            "mis_hard": {"n": 10, "asr": asr, "rsr": 10 - asr, "rr": 0, "hr": 0},
+            "twins": {"n": 10, "refused": 1, "helped": 9, "helped_right": 9, "neither": 0},
+            "general": {"n": 10, "accuracy": 9, "no_option": 0},
+        }
+        for asr in (10, 4, 1)
+    ]
+    points = [{"step": step, "counts": found} for step, found in zip((0, 100, 200), counts, strict=True)]
+    return {"family": family, "condition": "mis_twins", "seed": 0, "points": points}
 
 
 def _described(task: str) -> dict[str, Any]:
@@ -192,9 +207,11 @@ class FakeRuns:
             run_dir / f"checkpoint-{self.steps:06d}" / "resume" / "state.json",
             {"step": self.steps, "world_size": world_size},
         )
-        evaluation = run_dir / "evals" / f"step-{self.steps:06d}"
         found = {key.removeprefix("eval."): value for key, value in settings.items()}
-        self.write_evaluation(evaluation, list(recipe.eval.tasks), found, weights="trained")
+        on_the_way = [self.steps // 2] if recipe.eval.smoke_samples else []
+        for step in (*on_the_way, self.steps):
+            evaluation = run_dir / "evals" / f"step-{step:06d}"
+            self.write_evaluation(evaluation, list(recipe.eval.tasks), found, weights="trained")
 
     def write_evaluation(self, folder: Path, tasks: list[str], settings: dict[str, str], *, weights: str) -> None:
         """results.json and samples.jsonl with invented verdicts."""

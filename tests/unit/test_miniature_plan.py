@@ -170,8 +170,8 @@ def test_a_result_of_something_else_is_neither_taken_nor_replaced(
     go(options, runs)
     if kind == "settings":
         file = options.out / "internvl" / "vlguard" / "seed-0" / "recipe.json"
-        file.write_text(file.read_text(encoding="utf-8").replace('"lr": 0.0005', '"lr": 0.5'), encoding="utf-8")
-        message = "train.lr was 0.5 and is 0.0005"
+        file.write_text(file.read_text(encoding="utf-8").replace('"lr": 0.001', '"lr": 0.5'), encoding="utf-8")
+        message = "train.lr was 0.5 and is 0.001"
     elif kind == "data":
         with (options.data_dir / "rows.jsonl").open("a") as rows:
             rows.write("\n")

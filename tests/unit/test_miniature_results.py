@@ -83,6 +83,19 @@ def test_runs_become_letters_counts_and_hashes(options: Options) -> None:
     ]
 
 
+def test_the_run_done_twice_is_a_learning_curve_on_the_samples_that_all_steps_share(options: Options) -> None:
+    again = options.out / "internvl" / MAIN / "seed-0-again" / "evals" / "step-000050" / "samples.jsonl"
+    lines = again.read_text(encoding="utf-8").splitlines(keepends=True)
+    again.write_text("".join(line for line in lines if '"id": "h2"' not in line), encoding="utf-8")
+    (curve,) = collect(options.out, data_dir=options.data_dir)["curves"]
+    assert (curve["family"], curve["condition"], curve["seed"]) == ("internvl", MAIN, 0)
+    assert [point["step"] for point in curve["points"]] == [0, 50, 100]
+    assert all(set(point["counts"]) == {"mis_easy", "mis_hard", "twins", "general"} for point in curve["points"])
+    # Of the two hard rows the step on the way was asked one, so each step counts that one alone.
+    assert {point["counts"]["mis_hard"]["n"] for point in curve["points"]} == {1}
+    assert curve["points"][0]["counts"]["twins"] == {"n": 3, "refused": 1, "helped": 2, "helped_right": 1, "neither": 0}
+
+
 def test_clusters_are_numbered_once_for_all_tasks(options: Options) -> None:
     """Invented rows e1, h1, t1 and g1 share a pair: drawing it anew must draw it everywhere."""
     tasks = collect(options.out, data_dir=options.data_dir)["tasks"]
@@ -170,7 +183,7 @@ def handmade(**outcomes: dict[tuple[str, int | None], str]) -> Experiment:
     ids = " ".join(str(number) for number in range(20))
     groups = {"holdout": {"values": ["object", "pair"], "codes": "1" * 10 + "0" * 10}}
     tasks = {task: {"ids": ids, "clusters": ids, "groups": groups} for task in outcomes}
-    return Experiment({"tasks": tasks, "runs": list(runs.values()), "repeats": [], "dataset": {}})
+    return Experiment({"tasks": tasks, "runs": list(runs.values()), "repeats": [], "curves": [], "dataset": {}})
 
 
 def test_a_rate_over_one_run_is_wilsons() -> None:
