@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             print(shlex.join(commands(job, now=_state_or_open(job))))
         return 0
     # As Ctrl-C: the runs are ended too, and nothing goes on that holds their folders.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
     console = make_console("rich")
     launcher = Launcher()
     make_data(options.data_dir, launcher, console)
@@ -51,6 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.no_page:
         _write_page(options, arguments, console)
     return 1 if num_failed else 0
+
+
+def _interrupt(*_: object) -> None:
+    """Raised here and not by SIGINT, which a shell lets its background jobs ignore."""
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
