@@ -15,7 +15,7 @@ from mirage.evals.evaluate import describe_failure, evaluate_checkpoint
 from mirage.evals.guards import guard_evaluation, stop_if_alarmed
 from mirage.evals.report import results_table
 from mirage.evals.request import check_evaluation
-from mirage.evals.results import RESULTS_FILE, Results, read_results, read_samples
+from mirage.evals.results import RESULTS_FILE, read_results
 from mirage.evals.schedule import (
     Job,
     all_jobs,
@@ -28,6 +28,7 @@ from mirage.evals.schedule import (
     settle,
     tier_config,
 )
+from mirage.evals.tracked import log_evaluation, log_what_is_missing
 from mirage.files import write_atomic
 from mirage.tracking.console import make_console
 from mirage.tracking.run import Tracker
@@ -214,24 +215,19 @@ def log_finished(run_dir: Path, tracker: Tracker | None, console: Console, *, co
     steps = []
     for job in all_jobs(run_dir):
         out_dir = results_dir(run_dir, job.step)
-        if job.state != "done" or (out_dir / LOGGED_FILE).exists():
+        if job.state != "done":
+            continue
+        if (out_dir / LOGGED_FILE).exists():
+            if tracker is not None and tracker.is_open:
+                log_what_is_missing(tracker, out_dir, step=job.step)
             continue
         results, first = read_results(out_dir), results_dir(run_dir, 0)
         alarms = guard_evaluation(out_dir, first, config=config) if results.baseline else []
         if tracker is not None:
-            _log(tracker, results, out_dir, step=job.step, num_alarms=len(alarms))
+            log_evaluation(tracker, out_dir, step=job.step, config=config, num_alarms=len(alarms))
         write_atomic(out_dir / LOGGED_FILE, f"{results.request}\n")
         console.print(results_table([read_results(first), results] if results.baseline else [results]))
         for alarm in alarms:
             console.print(f"step {job.step} is worse than step 0: {alarm.message}", markup=False, soft_wrap=True)
         steps.append(job.step)
     return steps
-
-
-def _log(tracker: Tracker, results: Results, out_dir: Path, *, step: int, num_alarms: int) -> None:
-    tracker.log(results.metrics() | {"eval/alarms": float(num_alarms)}, axis="eval", step=step)
-    rows = read_samples(out_dir)
-    for task in results.tasks:
-        # Changed verdicts first: the table shows only the first rows.
-        shown = sorted((row for row in rows if row["task"] == task), key=lambda row: not row["changed"])
-        tracker.log_samples(task, shown, step=step)

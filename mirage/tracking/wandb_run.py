@@ -6,20 +6,24 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from mirage.config.schema import TrackingConfig
 from mirage.errors import UserError
+from mirage.tracking.alerts import MAX_TITLE_CHARS, Alert
+from mirage.tracking.artifacts import ArtifactCard, make_artifact
+from mirage.tracking.code_version import code_version
+from mirage.tracking.names import summary_of
 from mirage.tracking.redact import redact
+from mirage.tracking.sample_table import SampleTable
+from mirage.tracking.wandb_file import Sent, read_sent
 
 ID_NAME = "wandb_id"
-PICTURE_PIXELS = 384
-"""Longest edge of a picture in a table; the originals stay in the dataset folder."""
 FLUSH_SECONDS = 1.0
-"""How often wandb's file is flushed, and so the most that a kill takes from it (the mirror loses nothing)."""
+"""How often wandb's file is flushed, and so the most that a kill takes from it; a restart sends that again."""
 GIVE_UP_FAILURES = 20
 """Failures in a row after which wandb is left alone for the rest of the run."""
 
@@ -32,7 +36,6 @@ _MODE_OF_ENVIRONMENT: dict[str, Mode] = {
     "dryrun": "offline",
     "disabled": "off",
 }
-_TEXT_COLUMNS = ("id", "task", "question", "answer", "verdict", "reason", "category", "changed")
 
 
 def choose_mode(wanted: str) -> Mode:
@@ -69,17 +72,21 @@ def has_key() -> bool:
         return wbauth.authenticate_session(host=host, source="mirage", prompt=False, update_session=False) is not None
     except Exception as error:
         # A malformed key: wandb cannot use it, so the numbers stay here, and the user is told.
-        _say(f"the wandb key is not usable ({_one_line(error)}); tracking offline")
+        say(f"the wandb key is not usable ({_one_line(error)}); tracking offline")
         return False
 
 
 def run_id(run_dir: Path) -> str:
-    """The run's wandb id, created once and kept in the run folder, so that a restart continues the same run."""
+    """The run's wandb id, created once and kept in the run folder, so that a restart continues the same run.
+
+    Under a sweep it is the id that the sweep's agent gave this process: wandb knows the sweep's runs by it.
+    """
     path = run_dir / ID_NAME
     if not path.exists():
+        given = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
         temporary = run_dir / f".{ID_NAME}.{os.getpid()}.tmp"
         with temporary.open("w") as file:
-            file.write(secrets.token_hex(6) + "\n")
+            file.write((given or secrets.token_hex(6)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -98,10 +105,13 @@ def run_id(run_dir: Path) -> str:
 class WandbRun:
     """One wandb run. A failure inside wandb is counted, said once, and reported by `finish`; nothing is raised."""
 
-    def __init__(self, run: Any, *, run_dir: Path, mode: Mode) -> None:
+    def __init__(self, run: Any, *, run_dir: Path, mode: Mode, sent: Sent | None = None) -> None:
         self._run = run
         self._run_dir = run_dir
         self.mode = mode
+        self.sent = sent or Sent()
+        """What the files of earlier processes hold already."""
+        self._defined: set[str] = set()
         self.num_calls = 0
         self.num_failures = 0
         self._failures_in_a_row = 0
@@ -110,17 +120,21 @@ class WandbRun:
     def start(cls, run_dir: Path, config: TrackingConfig, *, name: str, recipe: Mapping[str, Any]) -> WandbRun | None:
         """Start or continue the run; falls back from online to offline, and to None where wandb cannot start at all."""
         mode = choose_mode(config.wandb)
+        began = (run_dir / ID_NAME).exists()
         identity = run_id(run_dir) if mode != "off" else ""
+        sent = _read_sent(run_dir, identity, began=began)
         attempts: dict[Mode, tuple[Mode, ...]] = {"online": ("online", "offline"), "offline": ("offline",), "off": ()}
         for attempt in attempts[mode]:
             try:
                 run = _init(run_dir, config, identity=identity, name=name, recipe=recipe, mode=attempt)
             except Exception as error:
-                _say(f"wandb did not start {attempt}: {_one_line(error)}")
+                say(f"wandb did not start {attempt}: {_one_line(error)}")
                 continue
-            return cls(run, run_dir=run_dir, mode=attempt)
+            for folder in sent.cut_short:
+                say(f"an earlier part of this run was cut off; `wandb sync {folder}` sends what did not get through")
+            return cls(run, run_dir=run_dir, mode=attempt, sent=sent)
         if mode != "off":
-            _say("the run goes on without wandb; every number is in metrics.jsonl")
+            say("the run goes on without wandb; every number is in metrics.jsonl")
         return None
 
     @property
@@ -130,17 +144,69 @@ class WandbRun:
             return f"wandb: {self._run.url}"
         return f"wandb: offline, run {self._run.id}; `wandb leet {self._run_dir / 'wandb'}` shows it here"
 
+    @property
+    def identity(self) -> str:
+        """The run's id."""
+        return str(self._run.id)
+
+    @property
+    def next_order(self) -> int:
+        """The least `order` that wandb still takes."""
+        known = getattr(self._run, "step", 0)
+        return max(self.sent.last_order + 1, known if isinstance(known, int) else 0)
+
     def log(self, metrics: Mapping[str, float], *, axis: str, step: int, order: int) -> None:
         """Send numbers on their own axis. `order` is wandb's internal step and must grow over the life of the run."""
-        self._call("log", lambda: self._run.log({**metrics, f"{axis}/step": step}, step=order, commit=True))
-
-    def log_samples(self, name: str, rows: Sequence[Mapping[str, Any]], *, step: int, order: int) -> None:
-        """Send a table: one line a sample, its pictures side by side before the text."""
 
         def send() -> None:
-            self._run.log({f"samples/{name}": _table(rows), "eval/step": step}, step=order, commit=True)
+            self._define(metrics, step_metric=f"{axis}/step")
+            self._run.log({**metrics, f"{axis}/step": step}, step=order, commit=True)
+
+        self._call("log", send)
+
+    def log_samples(
+        self, name: str, build: Callable[[], SampleTable], counts: Mapping[str, int], *, step: int, order: int
+    ) -> None:
+        """Send a table: one line a sample, its pictures side by side before the text; what was left out beside it."""
+
+        def send() -> None:
+            table = build()
+            left_out = {f"samples/{name}_pictures_left_out": table.num_pictures_left_out}
+            self._run.log(
+                {f"samples/{name}": table.table, **counts, **left_out, "eval/step": step}, step=order, commit=True
+            )
 
         self._call(f"table {name}", send)
+
+    def log_artifact(self, card: ArtifactCard, *, used: bool) -> None:
+        """Send an artifact that the run used or made, unless this very version is there already."""
+
+        def send() -> None:
+            artifact = make_artifact(card)
+            if (card.kind, card.name, artifact.digest) in self.sent.artifacts:
+                return
+            if not used:
+                self._run.log_artifact(artifact, aliases=list(card.aliases) or None)
+            elif self.mode == "online":
+                self._run.use_artifact(artifact)
+            else:
+                # `use_artifact` refuses to work offline, though a file can hold what it would say.
+                self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+            self.sent.artifacts.add((card.kind, card.name, artifact.digest))
+
+        self._call(f"artifact {card.name}", send)
+
+    def alert(self, alert: Alert) -> None:
+        """Send an alert: wandb mails it or posts it, as the user's settings there say."""
+        title = alert.title[:MAX_TITLE_CHARS]
+        self._call("alert", lambda: self._run.alert(title=title, text=redact(alert.text), level=alert.level))
+
+    def _define(self, metrics: Mapping[str, float], *, step_metric: str) -> None:
+        """Tell wandb what of a new name stands for the run, where that is not its last value."""
+        for name in metrics:
+            if name not in self._defined and (best := summary_of(name)) != "last":
+                self._run.define_metric(name, step_metric=step_metric, summary=f"{best},last")
+            self._defined.add(name)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the run's summary values."""
@@ -151,7 +217,7 @@ class WandbRun:
         self._failures_in_a_row = 0
         self._call("finish", lambda: self._run.finish(exit_code=exit_code))
         if self.num_failures:
-            _say(
+            say(
                 f"{self.num_failures} of {self.num_calls} calls to wandb failed; what they carried is in metrics.jsonl "
                 "and tables/ of the run folder"
             )
@@ -169,7 +235,7 @@ class WandbRun:
             self.num_failures += 1
             self._failures_in_a_row += 1
             if self.num_failures == 1:
-                _say(f"wandb failed ({what}: {_one_line(error)}); the run goes on, its numbers are in metrics.jsonl")
+                say(f"wandb failed ({what}: {_one_line(error)}); the run goes on, its numbers are in metrics.jsonl")
 
 
 def _init(
@@ -189,7 +255,7 @@ def _init(
             entity=config.entity,
             tags=list(config.tags),
             name=name,
-            config=redact(dict(recipe)),
+            config={**redact(dict(recipe)), "code": code_version()},
             # Standard output belongs to the progress line. Uploads that never end must not hold the machine.
             settings=wandb.Settings(
                 console="off",
@@ -233,35 +299,22 @@ def _redacted_command_line() -> Iterator[None]:
         sys.argv = original
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    import wandb
-
-    num_pictures = max((len(row["image_paths"]) for row in rows), default=0)
-    pictures = [f"picture_{index + 1}" for index in range(num_pictures)]
-    table = wandb.Table(columns=["id", "task", *pictures, *_TEXT_COLUMNS[2:]])
-    for row in rows:
-        texts = [None if row[column] is None else str(row[column]) for column in _TEXT_COLUMNS]
-        images = [_picture(Path(path)) for path in row["image_paths"]]
-        table.add_data(*texts[:2], *images, *[None] * (num_pictures - len(images)), *texts[2:])
-    return table
-
-
-def _picture(path: Path) -> Any:
-    """The picture, at most PICTURE_PIXELS on its longest edge; None where it cannot be read: the text still counts."""
-    import wandb
-    from PIL import Image
-
+def _read_sent(run_dir: Path, identity: str, *, began: bool) -> Sent:
+    if not identity:
+        return Sent()
+    if began and not any((run_dir / "wandb").glob(f"*run-*-{identity}")):
+        return Sent(is_gone=True)
     try:
-        with Image.open(path) as image:
-            image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
-            return wandb.Image(image.convert("RGB"))
-    except OSError:
-        return None
+        return read_sent(run_dir, identity)
+    except Exception as error:
+        say(f"wandb's earlier files cannot be read ({_one_line(error)}); what a kill took from them stays missing")
+        return Sent(is_gone=True)
 
 
 def _one_line(error: Exception) -> str:
     return redact(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """One line on standard error."""
     print(f"tracking: {message}", file=sys.stderr, flush=True)

@@ -212,6 +212,8 @@ def test_unfinished_and_empty_checkpoints_are_refused(run_dir: Path, tmp_path: P
 
 
 class _Tracker:
+    config, is_open, wandb_id = TrackingConfig(), True, None
+
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.tables: list[tuple[str, int, list[Mapping[str, Any]]]] = []
@@ -222,6 +224,15 @@ class _Tracker:
 
     def log_samples(self, name: str, rows: list[Mapping[str, Any]], *, step: int) -> None:
         self.tables.append((name, step, rows))
+
+    def lacks_samples(self, name: str, *, step: int) -> bool:
+        return False
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        assert {"select/asr", "select/score"} <= set(values)
+
+    def alert(self, alert: Any) -> None:
+        raise AssertionError(alert.text)
 
 
 @pytest.fixture

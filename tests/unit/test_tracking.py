@@ -124,7 +124,7 @@ def test_table_holds_pictures_side_by_side_and_the_verdict(offline_run: Path) ->
         "id", "task", "picture_1", "picture_2", "question", "answer", "verdict", "reason", "category", "changed",
     ]  # fmt: skip
     first, second, third = (dict(zip(columns, line)) for line in table["data"])
-    assert first["picture_1"]["width"] == wandb_run.PICTURE_PIXELS and first["picture_2"]["height"] == 128
+    assert first["picture_1"]["width"] == TrackingConfig().picture_pixels and first["picture_2"]["height"] == 128
     assert first["verdict"] == "RSR" and first["changed"] == "HR -> RSR"
     assert second["picture_2"] is None
     assert third["picture_1"] is None and third["picture_2"]["_type"] == "image-file", (
@@ -295,6 +295,9 @@ class BrokenRun:
 
     id, url, summary = "x", "x", SimpleNamespace(update=lambda values: 1 / 0)
 
+    def define_metric(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
     def log(self, *args: Any, **kwargs: Any) -> None:
         raise ConnectionError(f"no route to host, key {PLANTED}")
 
@@ -392,7 +395,7 @@ def test_redact_hides_by_name_shape_and_environment() -> None:
 
 def test_callback_logs_steps_and_closes(tmp_path: Path) -> None:
     callback = TrackingCallback(open_tracker(tmp_path))
-    trainer: Any = SimpleNamespace(step=0, kernels={"attention": "eager (asked for)"})
+    trainer: Any = SimpleNamespace(step=0, run_dir=tmp_path, kernels={"attention": "eager (asked for)"})
     callback.on_start(trainer)
     for trainer.step in (1, 2):
         callback.on_step(trainer, {"train/loss": 2.0 / trainer.step})
@@ -413,7 +416,7 @@ def test_callback_rewinds_to_the_resumed_step(tmp_path: Path) -> None:
         tracker.log({"loss": 1.0}, axis="train", step=step)
     tracker.close()
     callback = TrackingCallback(open_tracker(tmp_path))
-    trainer: Any = SimpleNamespace(step=2, kernels={})
+    trainer: Any = SimpleNamespace(step=2, run_dir=tmp_path, kernels={})
     callback.on_start(trainer)
     callback.on_close(trainer, RuntimeError("x"))
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
