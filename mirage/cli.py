@@ -194,17 +194,25 @@ def recipes(args: list[str]) -> int:
 
 
 def report(args: list[str]) -> int:
-    """Print a run's results as Markdown."""
-    paths, settings = _split(args)
-    if len(paths) != 1 or settings:
-        raise UserError(f"report takes one RUN_DIR, found: {' '.join(args) or 'nothing'}")
-    folder = Path(paths[0])
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the run_dir of a run")
-    from mirage.evals.report import summary_markdown
+    """Write one HTML file that opens from disk: what a run changed, its numbers, curves and every answer.
 
-    print(summary_markdown(folder))
-    return 0
+    Several RUN_DIRs stand side by side, the first is the reference; a folder of one evaluation (results.json) will do
+    as well. out=FILE.html says where (report.html in the run's folder, comparison.html in the first of several);
+    max_mb=20 is about how large the file may get. --markdown prints tables and examples as Markdown instead, or writes
+    them to out=FILE.md.
+    """
+    markdown = "--markdown" in args
+    out, rest = _take([arg for arg in args if arg != "--markdown"], "out")
+    max_mb, rest = _take(rest, "max_mb")
+    paths, settings = _split(rest)
+    if settings:
+        raise UserError(f"report knows out= and max_mb=, found: {' '.join(settings)}")
+    missing = next((path for path in paths if not Path(path).expanduser().is_dir()), None)
+    if missing is not None:
+        raise UserError(f"{missing} is no folder; give the run_dir of a run")
+    from mirage.report.command import run
+
+    return run([Path(path).expanduser() for path in paths], out=out, max_mb=max_mb, markdown=markdown)
 
 
 def best(args: list[str]) -> int:
@@ -274,7 +282,7 @@ VERBS = {
     "replay": Verb(
         replay, "FOLDER [weights=CHECKPOINT] [precision=fp32]", "the batch of a failed step, sample by sample"
     ),
-    "report": Verb(report, "RUN_DIR", "a run's results as Markdown"),
+    "report": Verb(report, "RUN_DIR... [out=FILE.html] [max_mb=20] [--markdown]", "a run's results as one HTML file"),
     "best": Verb(best, "RUN_DIR [out=FILE.json] [select.max_general_drop=2] ...", "a run's best checkpoint, and why"),
     "calibrate": Verb(
         calibrate, "export|report|judges PATH... [out=FILE] [n=200] ...", "a judge against people, or against another"

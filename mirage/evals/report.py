@@ -12,7 +12,7 @@ from rich.table import Table
 from mirage.errors import UserError
 from mirage.evals import before_after
 from mirage.evals.metrics import Paired, Rate, TaskResult
-from mirage.evals.results import RESULTS_FILE, Results, read_results
+from mirage.evals.results import RESULTS_FILE, SAMPLES_FILE, Results, read_results, read_samples
 from mirage.evals.tasks import find_task
 
 _ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}
@@ -43,12 +43,9 @@ def summary_table(run_dir: Path) -> Table:
 
 
 def summary_markdown(run_dir: Path) -> str:
-    """The run's first and last evaluation side by side, an example with both answers, and where to look next.
-
-    The examples are also written to `before_after.html` in the run's folder, with their pictures.
-    """
+    """The run's first and last evaluation side by side, an example with both answers, and where to look next."""
     ends = _ends(run_results(run_dir))
-    parts = [results_markdown(ends).rstrip(), "", _examples(run_dir, ends), _where_to_look(run_dir)]
+    parts = [results_markdown(ends).rstrip(), "", _examples(run_dir, ends), where_to_look(run_dir)]
     return "\n".join(part for part in parts if part is not None)
 
 
@@ -57,18 +54,16 @@ def _examples(run_dir: Path, ends: Sequence[Results]) -> str | None:
     if len(ends) < 2:
         return None
     folders = [run_dir / "evals" / f"step-{results.step:06d}" for results in ends]
-    titles = (_column(ends[0]), _column(ends[-1]))
-    pairs = before_after.find_pairs(*folders)
-    if not pairs:
+    if not all((folder / SAMPLES_FILE).is_file() for folder in folders):
         return None
-    before_after.write_page(run_dir / before_after.PAGE_FILE, pairs, titles=titles)
-    return before_after.pairs_markdown(pairs, titles=titles)
+    pairs = before_after.find_pairs(*map(read_samples, folders))
+    return before_after.pairs_markdown(pairs, titles=(_column(ends[0]), _column(ends[-1]))) if pairs else None
 
 
-def _where_to_look(run_dir: Path) -> str:
+def where_to_look(run_dir: Path) -> str:
     """The files of a run that answer the next questions; only those that are there."""
     places = (
-        (before_after.PAGE_FILE, "the examples above with their pictures, as a page"),
+        ("report.html", "all of it as one page: tables, curves, every answer with its pictures"),
         ("evals/*/samples.jsonl", "every answer with its verdict, and whether it changed since step 0"),
         ("metrics.jsonl", "every number of every step"),
         ("wandb", f"the dashboard: `wandb leet {run_dir / 'wandb'}`, or `wandb sync` it later"),
