@@ -13,10 +13,11 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from mirage.config.loader import load_recipe  # noqa: E402
 from mirage.errors import run_main  # noqa: E402
+from mirage.tracking.sweep import sweep_arguments  # noqa: E402
 
 
 def main(args: list[str] | None = None) -> int:
-    """Train as the arguments say: `recipe=NAME key=value ...`, `--help` or `--dry-run`."""
+    """Train as the arguments say: `recipe=NAME key=value ...` (a sweep's `--key=value` too), `--help`, `--dry-run`."""
     # DeepSpeed's launcher hands each process its local rank twice: here, and in LOCAL_RANK.
     args = [arg for arg in (sys.argv[1:] if args is None else args) if not arg.startswith("--local_rank=")]
     if not args or {"-h", "--help"} & set(args):
@@ -25,7 +26,7 @@ def main(args: list[str] | None = None) -> int:
         print_schema()
         return 0
     dry_run = "--dry-run" in args
-    recipe = load_recipe([arg for arg in args if arg != "--dry-run"])
+    recipe = load_recipe(sweep_arguments([arg for arg in args if arg != "--dry-run"], environ=os.environ))
     if dry_run:
         from mirage.training.plan import print_plan
 

@@ -15,6 +15,9 @@ from mirage.tracking.redact import redact
 Detail = Literal["card", "files"]
 CARD_FILE = "card.json"
 _NAME_CHARS = re.compile(r"[^A-Za-z0-9_.-]+")
+# A folder of pictures is named by its other files: its manifest or index says which pictures there are.
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+MAX_FILES = 100
 # Larger ones are counted by size alone: a card is written while a GPU waits.
 _MAX_HASHED_BYTES = 256 * 1024**2
 
@@ -45,7 +48,7 @@ class ArtifactCard:
 def dataset_card(folder: Path, *, detail: Detail, max_bytes: int) -> ArtifactCard:
     """A dataset folder, or one file of data: what its manifest says, and size and hash of its own files."""
     own = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [folder]
-    own = [path for path in own if not path.name.startswith(".")]
+    own = [path for path in own if not path.name.startswith(".") and path.suffix.lower() not in _PICTURES][:MAX_FILES]
     manifest = _read_json(folder / "manifest.json") if folder.is_dir() else {}
     wanted = [path for path in own if path.name in ("manifest.json", "README.md")] if detail == "files" else []
     files, left_out = _within(((path.name, path) for path in wanted), max_bytes)
