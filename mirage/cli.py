@@ -266,6 +266,17 @@ def export(args: list[str]) -> int:
     return export_command(args)
 
 
+def dashboard(args: list[str]) -> int:
+    """Create or update a project's wandb workspace and its report, or write both to a file.
+
+    entity=USER_OR_TEAM and project=NAME say where; out=FILE.json writes the definition and needs no server. The panels
+    show the tasks of recipe=NAME, or tasks=a,b; without these the default ones. --entity E --project P is the same.
+    """
+    from mirage.tracking.dashboard_cli import run
+
+    return run(args)
+
+
 VERBS = {
     "train": Verb(train, "recipe=NAME [key=value ...] [--dry-run]", "train a recipe in this process"),
     "worker": Verb(worker, "RUN_DIR [device=cuda:1] [once=true]", "measure a run's checkpoints beside its training"),
@@ -283,6 +294,11 @@ VERBS = {
         replay, "FOLDER [weights=CHECKPOINT] [precision=fp32]", "the batch of a failed step, sample by sample"
     ),
     "report": Verb(report, "RUN_DIR... [out=FILE.html] [max_mb=20] [--markdown]", "a run's results as one HTML file"),
+    "dashboard": Verb(
+        dashboard,
+        "entity=E project=P [recipe=NAME] [out=FILE.json]",
+        "wandb workspace and report of a project, as code",
+    ),
     "best": Verb(best, "RUN_DIR [out=FILE.json] [select.max_general_drop=2] ...", "a run's best checkpoint, and why"),
     "calibrate": Verb(
         calibrate, "export|report|judges PATH... [out=FILE] [n=200] ...", "a judge against people, or against another"
