@@ -297,7 +297,7 @@ VERBS = {
     "dashboard": Verb(
         dashboard,
         "entity=E project=P [recipe=NAME] [out=FILE.json]",
-        "wandb workspace and report of a project, as code",
+        "a project's wandb workspace and report, as code",
     ),
     "best": Verb(best, "RUN_DIR [out=FILE.json] [select.max_general_drop=2] ...", "a run's best checkpoint, and why"),
     "calibrate": Verb(
