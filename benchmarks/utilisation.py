@@ -103,7 +103,7 @@ def train(arguments: argparse.Namespace, scratch: Path) -> None:
     import torch
 
     from mirage.config.loader import load_recipe
-    from mirage.tracking.console import ConsoleCallback
+    from mirage.tracking.run_console import ConsoleCallback
     from mirage.training.launch import prepare_process
     from mirage.training.trainer import Trainer
 

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, NoReturn, get_args
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich import box
+from rich.table import Table
 
 from data_gen.build import make_dataset
-from data_gen.publish import Item
 from data_gen.settings import SIZES, settings_for
 from data_gen.stages.export import SPLITS
 from data_gen.store import MANIFEST_FILE, check_files, read_manifest
 from data_gen.taxonomy.facts import load_taxonomy
 from mirage.endpoint.failures import FailureKind
-from mirage.errors import UserError
+from mirage.errors import EXIT_INTERRUPTED, UserError
+from mirage.tracking.console import MODES, Terminal, make_console
 
 KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
-EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells mistakes as every other command does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_gen", description="Make multi-image safety data offline.")
+    parser = _Parser(prog="python -m data_gen", description="Make multi-image safety data offline.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     make = verbs.add_parser("make", help="write a dataset folder, or return at once if it is there")
     make.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -35,10 +40,17 @@ def _parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("verify", help="compare every file of a dataset folder with its manifest")
     check.add_argument("--out", type=Path, required=True, help="folder to check")
     _add_run_verbs(verbs)
+    for verb in verbs.choices.values():
+        verb.add_argument(
+            "--console",
+            choices=MODES,
+            default="rich",
+            help="rich (plain where there is no terminal), plain, quiet (errors only) or json (one object a line)",
+        )
     return parser
 
 
-def _add_run_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run_verbs(verbs: argparse._SubParsersAction[_Parser]) -> None:
     run = verbs.add_parser("run", help="run a pipeline file: seeds through rules and models into a dataset folder")
     run.add_argument("pipeline", type=Path, metavar="PIPELINE.yaml")
     run.add_argument("--out", type=Path, required=True, help="folder to write; results are kept beside it")
@@ -91,21 +103,6 @@ def _seed(text: str) -> int:
     return value
 
 
-def show_progress(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    """The items, with a bar on a terminal and one line elsewhere."""
-    if not sys.stderr.isatty():
-        if total:
-            print(f"{description}: {total}", file=sys.stderr, flush=True)
-        yield from items
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        for item in items:
-            yield item
-            bar.advance(task)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code. Raises UserError for what the user can correct."""
     arguments = _parser().parse_args(argv)
@@ -118,24 +115,50 @@ def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
 
-def _console() -> Console:
-    """Standard output; tables keep their width where nobody looks."""
-    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+def _console(arguments: argparse.Namespace) -> Terminal:
+    return make_console(arguments.console)
 
 
 def _make(arguments: argparse.Namespace) -> int:
+    console = _console(arguments)
     outcome = make_dataset(
         _absolute(arguments.out),
         taxonomy=load_taxonomy(),
         settings=settings_for(seed=arguments.seed, size=arguments.size),
         overwrite=arguments.overwrite,
-        progress=show_progress,
+        progress=console.track,
     )
     counts = outcome.manifest["counts"]
     splits = ", ".join(f"{name} {counts['splits'][name]['rows']}" for name in SPLITS)
     state = "already complete" if outcome.was_complete else "written"
-    print(f"{arguments.out}: {state}; {counts['rows']} rows ({splits}), {counts['pictures']} pictures")
+    console.summary(
+        _split_table(counts["splits"]), what="make", **_dataset_facts(arguments.out, state, outcome.manifest)
+    )
+    if console.mode != "json":
+        console.say(
+            f"{arguments.out}: {state}; {counts['rows']} rows ({splits}), {counts['pictures']} pictures"
+        )  # fmt: skip
     return 0
+
+
+def _split_table(splits: Mapping[str, Any]) -> Table:
+    """Rows by split and by what the right decision is."""
+    decisions = sorted({name for split in splits.values() for name in split["decision"]})
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("split", "rows", *decisions):
+        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
+    for name in SPLITS:
+        if splits[name]["rows"]:
+            cells = [str(splits[name]["decision"].get(decision, 0)) for decision in decisions]
+            table.add_row(name, str(splits[name]["rows"]), *cells)
+    return table
+
+
+def _dataset_facts(out: Path, state: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    counts = manifest["counts"]
+    splits = {name: split["rows"] for name, split in counts["splits"].items()}
+    facts = {"out": out, "state": state, "rows": counts["rows"], "splits": splits, "pictures": counts["pictures"]}
+    return facts | {"content_sha256": manifest["content_sha256"]}
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -146,9 +169,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from data_gen.run_display import RunDisplay
     from data_gen.run_report import print_report
 
-    console = _console()
+    console = _console(arguments)
     pipeline = load_pipeline(arguments.pipeline)
-    with RunDisplay() as display:
+    with RunDisplay(console) as display:
         result = run_pipeline(
             pipeline,
             _absolute(arguments.out),
@@ -157,40 +180,47 @@ def _run(arguments: argparse.Namespace) -> int:
             accept_unknown_cost=arguments.yes,
             overwrite=arguments.overwrite,
             num_shards=arguments.ray or None,
-            hooks=RunHooks(lambda expected: print_estimate(expected, console), display.on_result, show_progress),
+            hooks=RunHooks(
+                lambda expected: print_estimate(expected, console), display.on_plan, display.on_result, console.track
+            ),
         )
     print_report(result.report, console)
     if result.manifest is None:
-        print(f"interrupted: every result is stored; the same command goes on ({result.report_path})", file=sys.stderr)
+        console.error(f"interrupted: every result is stored; the same command goes on ({result.report_path})")
         return EXIT_INTERRUPTED
-    state = "already complete" if result.was_complete else "written"
-    print(f"{arguments.out}: {state}; {result.manifest['counts']['rows']} rows; each row's fate: {result.report_path}")
+    state, rows = "already complete" if result.was_complete else "written", result.manifest["counts"]["rows"]
+    console.say(
+        f"{arguments.out}: {state}; {rows} rows; each row's fate: {result.report_path}",
+        event="done", out=arguments.out, state=state, rows=rows, report=result.report_path,
+        content_sha256=result.manifest["content_sha256"],
+    )  # fmt: skip
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
     from data_gen.status import print_status
 
-    print_status(_absolute(arguments.folder), _console())
+    print_status(_absolute(arguments.folder), _console(arguments))
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     from data_gen.diff import diff_folders
 
+    console = _console(arguments)
     found = diff_folders(_absolute(arguments.before), _absolute(arguments.after))
     if found.same:
-        print(f"the same: {found.num_common} rows, every file")
+        console.say(f"the same: {found.num_common} rows, every file")
         return 0
     for sign, names in (("+", found.added), ("-", found.removed)):
         for name in names:
-            print(f"{sign} {name}")
+            console.say(f"{sign} {name}")
     for row in found.changed:
         name = row.id_before if row.id_before == row.id_after else f"{row.id_before} -> {row.id_after}"
-        print(f"~ {name}: {', '.join(row.fields)}")
+        console.say(f"~ {name}: {', '.join(row.fields)}")
     if found.description:
-        print(f"made differently: {', '.join(found.description)}")
-    print(
+        console.say(f"made differently: {', '.join(found.description)}")
+    console.say(
         f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed, "
         f"{found.num_common} the same"
     )
@@ -200,19 +230,21 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from data_gen.parquet import export_parquet
 
+    console = _console(arguments)
     written = export_parquet(_absolute(arguments.out), _absolute(arguments.parquet))
     counts = ", ".join(f"{name} {count}" for name, count in written.counts.items())
-    print(f"{arguments.parquet}: {sum(written.counts.values())} rows ({counts}), {len(written.files)} files")
+    console.say(f"{arguments.parquet}: {sum(written.counts.values())} rows ({counts}), {len(written.files)} files")
     return 0
 
 
 def _review(arguments: argparse.Namespace) -> int:
     from data_gen.review import PAGE_FILE, write_review
 
+    console = _console(arguments)
     num_rows = write_review(
         _absolute(arguments.out), _absolute(arguments.page), splits=arguments.split, limit=arguments.limit
     )
-    print(f"{num_rows} rows: open {arguments.page / PAGE_FILE} in a browser")
+    console.say(f"{num_rows} rows: open {arguments.page / PAGE_FILE} in a browser")
     return 0
 
 
@@ -220,15 +252,18 @@ def _accept(arguments: argparse.Namespace) -> int:
     from data_gen.reviewed import publish_reviewed
 
     out, decisions, target = (_absolute(path) for path in (arguments.out, arguments.decisions, arguments.to))
-    found = publish_reviewed(out, decisions, target, progress=show_progress)
-    print(
+    console = _console(arguments)
+    found = publish_reviewed(out, decisions, target, progress=console.track)
+    console.say(
         f"{arguments.to}: written; {len(found.reviewed.kept)} rows, without {len(found.reviewed.rejected)} rejected "
-        f"and {len(found.reviewed.orphaned)} of their siblings"
+        f"and {len(found.reviewed.orphaned)} of their siblings",
+        event="done",
     )
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    console = _console(arguments)
     out = _absolute(arguments.out)
     if not (out / MANIFEST_FILE).is_file():
         raise UserError(
@@ -239,5 +274,5 @@ def _verify(arguments: argparse.Namespace) -> int:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{out} is damaged: {problems[0]}{more}; rebuild with --overwrite")
-    print(f"{out}: all {len(manifest['files'])} files match")
+    console.say(f"{out}: all {len(manifest['files'])} files match")
     return 0

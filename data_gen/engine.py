@@ -87,6 +87,8 @@ class StageEvent:
     status: Literal["done", "dropped", "failed"]
     cached: bool
     usage: Usage
+    num_made: int = 0
+    """Samples that came of it and go on."""
 
 
 @dataclass(repr=False)
@@ -358,7 +360,7 @@ class _Run:
             counts.failed[record.kind] += 1
             self.failed.append(FailedSample(sample, stage.name, record.kind, record.message))
         if self.progress is not None:
-            self.progress(StageEvent(stage.name, record.status, cached, record.usage))
+            self.progress(StageEvent(stage.name, record.status, cached, record.usage, len(outputs)))
         return outputs
 
     def _watch(self, stage: Stage, record: Record) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from data_gen.pipeline import Pipeline, StageChoice, is_local
@@ -13,6 +12,7 @@ from data_gen.row_store import Record
 from data_gen.sample import MIN_OBJECTS
 from mirage.endpoint.failures import Usage
 from mirage.errors import UserError
+from mirage.tracking.console import Terminal
 
 # Of a stage that has no stored results to go by: a prompt of this project's length, and a picture or two.
 ASSUMED = Usage(prompt_tokens=1500, completion_tokens=400, calls=1)
@@ -102,8 +102,8 @@ def require_known_cost(pipeline: Pipeline, expected: Estimate) -> None:
             )
 
 
-def print_estimate(expected: Estimate, console: Console) -> None:
-    """A table of what is to come; nothing where no endpoint is asked."""
+def print_estimate(expected: Estimate, console: Terminal) -> None:
+    """A table of what is to come, in JSON mode an event `estimate`; nothing where no endpoint is asked."""
     if not expected.stages:
         return
     table = Table(title=None, box=None, pad_edge=False)
@@ -114,8 +114,12 @@ def print_estimate(expected: Estimate, console: Console) -> None:
         numbers = (stage.num_stored, stage.num_calls, stage.prompt_tokens, stage.completion_tokens)
         by = "stored results" if stage.is_measured else "assumption"
         table.add_row(stage.stage, stage.endpoint, *map(str, numbers), cost, by)
-    console.print(table)
+    stages = [asdict(stage) for stage in expected.stages]
+    console.summary(
+        table, event="estimate", num_calls=expected.num_calls, cost_usd=expected.cost_usd, stages=stages
+    )  # fmt: skip
     cost = (
         "an unknown cost (a price is missing)" if expected.cost_usd is None else f"{expected.cost_usd:.2f} US dollars"
     )
-    console.print(f"about {expected.num_calls} calls to make, {cost}", highlight=False)
+    if console.mode != "json":
+        console.say(f"about {expected.num_calls} calls to make, {cost}")

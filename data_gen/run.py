@@ -55,6 +55,7 @@ class RunHooks:
     """Where a run says what it does; all of them may be left out."""
 
     on_estimate: Callable[[Estimate], None] = lambda _: None
+    on_plan: Callable[[int, Sequence[str]], None] = lambda num_samples, stages: None
     on_result: Callable[[StageEvent], None] | None = None
     progress: Progress = no_progress
 
@@ -95,6 +96,7 @@ def run_pipeline(
         hooks.on_estimate(expected)
         if not accept_unknown_cost:
             require_known_cost(pipeline, expected)
+        hooks.on_plan(len(samples), [stage.name for stage in stages])
         if num_shards is not None:
             outcome = run_over_ray(pipeline, samples, store, num_shards=num_shards, retry_failed=retry_failed)
         else:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from data_gen.engine import RunOutcome, StageCounts
@@ -16,6 +15,7 @@ from data_gen.sample import Sample
 from mirage.data.row import canonical_json
 from mirage.endpoint.failures import Usage
 from mirage.files import write_atomic
+from mirage.tracking.console import Terminal
 
 REPORT_FILE = "report.jsonl"
 MAX_REASONS_SHOWN = 5
@@ -148,8 +148,28 @@ def write_report(report: Report, folder: Path) -> Path:
     return path
 
 
-def print_report(report: Report, console: Console) -> None:
-    """A table of the stages, the commonest reasons, and one line that adds up."""
+def print_report(report: Report, console: Terminal) -> None:
+    """A table of the stages, the commonest reasons, and one line that adds up; in JSON mode one `summary`."""
+    reasons_by_stage = [*((n, c.dropped) for n, c in report.counts.items()), *report.set_drops.items()]
+    usage = report.usage
+    console.summary(
+        _stage_table(report),
+        what="run",
+        **report.figures(),
+        unfinished=report.num_unfinished,
+        dropped_reasons={name: dict(reasons) for name, reasons in reasons_by_stage if reasons},
+        calls=usage.calls,
+        cost_usd=usage.cost_usd,
+    )
+    if console.mode == "json":
+        return
+    for name, reasons in reasons_by_stage:
+        for reason, number in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:MAX_REASONS_SHOWN]:
+            console.say(f"{name} dropped {number}: {reason}")
+    console.say(summary(report))
+
+
+def _stage_table(report: Report) -> Table:
     table = Table(title=None, box=None, pad_edge=False)
     columns = (
         "stage",
@@ -181,11 +201,7 @@ def print_report(report: Report, console: Console) -> None:
         )
     for name, reasons in report.set_drops.items():
         table.add_row(name, "rule", "", str(reasons.total()))
-    console.print(table)
-    for name, reasons in [*((n, c.dropped) for n, c in report.counts.items()), *report.set_drops.items()]:
-        for reason, number in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:MAX_REASONS_SHOWN]:
-            console.print(f"{name} dropped {number}: {reason}", markup=False, highlight=False)
-    console.print(summary(report), markup=False, highlight=False)
+    return table
 
 
 def summary(report: Report) -> str:

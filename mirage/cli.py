@@ -46,16 +46,19 @@ def worker(args: list[str]) -> int:
     """Measure a run's checkpoints beside its training (eval.mode=worker), or what is left of them after it."""
     device, rest = _take(args, "device")
     once, rest = _take(rest, "once")
+    mode, rest = _take(rest, "console")
     if once not in (None, "true", "false"):
         raise UserError(f"once={once}: write once=true or once=false")
     if len(rest) != 1:
         raise UserError(f"worker takes one RUN_DIR, found {rest}")
-    from mirage.evals.evaluate_cli import find_device
+    from mirage.evals.evaluate_cli import find_device, quiet_libraries
     from mirage.evals.worker import work
-    from mirage.tracking.console import make_console
+    from mirage.tracking.console import console_mode, make_console
 
+    console = make_console(console_mode(mode))
+    quiet_libraries()
     run_dir = Path(rest[0]).expanduser().absolute()
-    num_failed = work(run_dir, device=find_device(device), once=once == "true", console=make_console("rich"))
+    num_failed = work(run_dir, device=find_device(device), once=once == "true", console=console)
     return 1 if num_failed else 0
 
 
@@ -279,7 +282,9 @@ def dashboard(args: list[str]) -> int:
 
 VERBS = {
     "train": Verb(train, "recipe=NAME [key=value ...] [--dry-run]", "train a recipe in this process"),
-    "worker": Verb(worker, "RUN_DIR [device=cuda:1] [once=true]", "measure a run's checkpoints beside its training"),
+    "worker": Verb(
+        worker, "RUN_DIR [device=cuda:1] [once=true] [console=json]", "measure a run's checkpoints beside its training"
+    ),
     "evaluate": Verb(
         evaluate, "PATH [tasks=a,b] [data_dir=DIR] [max_samples=N] ...", "measure a checkpoint or weights"
     ),

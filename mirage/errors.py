@@ -9,6 +9,7 @@ from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 3
+EXIT_INTERRUPTED = 130
 # What a shell reports of a program that SIGPIPE ended.
 EXIT_BROKEN_PIPE = 141
 
@@ -30,23 +31,43 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit with 0 or its return value, or with one message.
 
     2 for a `UserError`, 3 for a run that a guard ended, 130 for Ctrl-C, 141 where the reader of the output has gone.
+    In JSON mode the last line of standard output is then an event `error`, `stopped` or `interrupted`.
     """
+    from mirage.tracking import json_lines
+
+    if json_lines.asked_for(sys.argv[1:]):
+        json_lines.claim_stdout()
     try:
         code = main()
         sys.stdout.flush()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.one_rank_only:
             print(f"error: {error}", file=sys.stderr, flush=True)
+            _tell("error", str(error), EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
     except RunStopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+            _tell("stopped", str(stopped), EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _tell("interrupted", "interrupted", EXIT_INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # `mirage tasks | head`: what Python would write when it ends has nowhere to go either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
+    except Exception as error:
+        # A mistake of the program: Python prints where.
+        _tell("error", f"{type(error).__name__}: {error}", 1)
+        raise
     sys.exit(code or 0)
+
+
+def _tell(event: str, message: str, exit_code: int) -> None:
+    """The end of a command as a JSON line, in JSON mode."""
+    from mirage.tracking import json_lines
+
+    if json_lines.is_claimed():
+        json_lines.emit(event, {"message": message, "exit_code": exit_code})

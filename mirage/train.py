@@ -13,6 +13,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from mirage.config.loader import load_recipe  # noqa: E402
 from mirage.errors import run_main  # noqa: E402
+from mirage.tracking.json_lines import claim_stdout  # noqa: E402
 from mirage.tracking.sweep import sweep_arguments  # noqa: E402
 
 
@@ -27,6 +28,8 @@ def main(args: list[str] | None = None) -> int:
         return 0
     dry_run = "--dry-run" in args
     recipe = load_recipe(sweep_arguments([arg for arg in args if arg != "--dry-run"], environ=os.environ))
+    if recipe.tracking.console == "json":
+        claim_stdout()
     if dry_run:
         from mirage.training.plan import print_plan
 
@@ -39,7 +42,7 @@ def main(args: list[str] | None = None) -> int:
 
     from mirage.evals.hook import EvalCallback
     from mirage.tracking.callback import TrackingCallback
-    from mirage.tracking.console import ConsoleCallback
+    from mirage.tracking.run_console import ConsoleCallback
     from mirage.training.export_callback import ExportCallback
     from mirage.training.ledger import LedgerCallback
     from mirage.training.trainer import Trainer

@@ -620,8 +620,8 @@ class TrackingConfig(_Section):
     alerts: AlertsConfig = AlertsConfig()
     loss_by_part: bool = True
     """Log loss and token accuracy of each source, and of each part of the answer (perceive, relate, risk, reply)."""
-    console: Literal["rich", "plain", "quiet"] = "rich"
-    """Progress in the terminal; rich falls back to plain when the output is no terminal."""
+    console: Literal["rich", "plain", "quiet", "json"] = "rich"
+    """Progress in the terminal; rich falls back to plain where there is none; json prints one object a line."""
 
 
 class Recipe(_Section):

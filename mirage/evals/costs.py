@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mirage.endpoint.client import Endpoint
 from mirage.evals.answers import Answer
 from mirage.evals.generate import Prompt, collect_answers
 from mirage.evals.judge import Judge, Rubric, Unscored
 from mirage.evals.judges.model_judge import ModelJudge
 from mirage.evals.task import Sample, Task, score_answer
+from mirage.tracking.console import Terminal
 
 USAGE_FILE = "usage.jsonl"
 # Rules of thumb: English has about four characters a token; two pictures of a megapixel are 1,500 tokens for GPT-4o
@@ -47,7 +46,7 @@ class _Listener:
 
 
 def say_judging(
-    console: Console | None,
+    console: Terminal | None,
     judge: Judge,
     tasks: Sequence[Task],
     prompts: Mapping[str, Sequence[Prompt]],
@@ -71,7 +70,7 @@ def say_judging(
 
 
 def say_answering(
-    console: Console | None, endpoint: Endpoint, prompts: Sequence[Prompt], kept: Mapping[str, Answer], *, limit: int
+    console: Terminal | None, endpoint: Endpoint, prompts: Sequence[Prompt], kept: Mapping[str, Answer], *, limit: int
 ) -> None:
     """Say how many answers are not in the store, and about what they take if each has `limit` tokens."""
     if console is None:
@@ -84,7 +83,7 @@ def say_answering(
 
 
 @contextlib.contextmanager
-def usage_kept(console: Console | None, endpoint: Endpoint | None, out_dir: Path, *, role: str) -> Iterator[None]:
+def usage_kept(console: Terminal | None, endpoint: Endpoint | None, out_dir: Path, *, role: str) -> Iterator[None]:
     """Say what the block's calls took, and add it to `usage.jsonl`, also where an error ends them; nothing without any.
 
     It is no part of results.json: the same evaluation costs nothing when it is run again, and has the same results.
@@ -119,5 +118,5 @@ def _tokens(num_characters: int, num_pictures: int) -> int:
     return num_characters // CHARACTERS_PER_TOKEN + num_pictures * TOKENS_PER_PICTURE
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _say(console: Terminal, line: str) -> None:
+    console.say(line, event="cost")

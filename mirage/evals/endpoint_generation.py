@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,7 +15,7 @@ from mirage.endpoint.client import Endpoint
 from mirage.endpoint.failures import EndpointFailure
 from mirage.endpoint.messages import ChatMessage, PictureInput
 from mirage.evals.answers import Answer, AnswerStore
-from mirage.evals.generate import Prompt
+from mirage.evals.generate import OnAnswers, Prompt
 from mirage.evals.judges.verdict_cache import TRANSIENT
 from mirage.evals.picture_inputs import picture_hashes, picture_inputs, shown_order
 from mirage.evals.task import Sample
@@ -103,7 +103,7 @@ async def ask_for_answers(
     *,
     decoding: EndpointDecoding,
     store: AnswerStore,
-    on_answer: Callable[[int, int], None] = lambda done, total: None,
+    on_answers: OnAnswers = lambda count, kept: None,
 ) -> dict[str, Answer]:
     """Answers by prompt key: those in the store, and the missing ones from the server, stored one by one.
 
@@ -113,18 +113,16 @@ async def ask_for_answers(
     have = store.read()
     missing = {prompt.key: prompt for prompt in prompts if prompt.key not in have}
     places, writing = asyncio.Semaphore(_WAITING_PER_CALL * endpoint.config.concurrency), asyncio.Lock()
-    done = 0
+    on_answers(len({prompt.key for prompt in prompts}) - len(missing), True)
 
     async def fetch(prompt: Prompt) -> None:
-        nonlocal done
         async with places:
             answer = await _answer(endpoint, prompt, max_new_tokens=decoding.max_new_tokens)
         have[prompt.key] = answer
         if answer.failure is None or not answer.failure.startswith(TRANSIENT):
             async with writing:
                 await asyncio.to_thread(store.append, [answer])
-        done += 1
-        on_answer(done, len(missing))
+        on_answers(1, False)
 
     try:
         async with asyncio.TaskGroup() as group:

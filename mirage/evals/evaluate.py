@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 
 from mirage.config.schema import EvalConfig
 from mirage.errors import UserError
@@ -17,7 +17,15 @@ from mirage.evals.answers import Answer, AnswerStore
 from mirage.evals.costs import say_judging, usage_kept
 from mirage.evals.denominators import compare_restricted
 from mirage.evals.endpoint_generation import ServerSpec
-from mirage.evals.generate import Decoding, Prompt, collect_answers, generate_answers, make_prompts
+from mirage.evals.generate import (
+    Decoding,
+    OnAnswers,
+    Prompt,
+    collect_answers,
+    generate_answers,
+    make_prompts,
+    plan_batches,
+)
 from mirage.evals.interchange.origin import ForeignSpec
 from mirage.evals.judge import Scored, Verdict
 from mirage.evals.judges.choose import judge_prompts, keep_verdicts
@@ -44,9 +52,13 @@ from mirage.evals.vllm_generation import VllmDecoding, generate_by_vllm
 from mirage.models import GenerationAdapter, load_model
 from mirage.models.adapter import PreprocessingSpec, ProcessorSpec
 from mirage.models.registry import find_weights, load_adapter
+from mirage.tracking.console import Terminal, make_console
+from mirage.tracking.progress import Progress, work_facts, work_table
 from mirage.training.checkpoint import NAME
 
 Result = TypeVar("Result")
+# Of the about twenty lines that an evaluation may print.
+_GENERATION_LINES, _JUDGING_LINES = 10, 5
 
 
 def evaluate_checkpoint(
@@ -61,7 +73,7 @@ def evaluate_checkpoint(
     device: str | torch.device = "cpu",
     baseline: Path | None = None,
     step: int | None = None,
-    console: Console | None = None,
+    console: Terminal | None = None,
 ) -> Results | None:
     """Measure a checkpoint (or any weights folder) on `config.tasks`; the results on rank 0, None on the others.
 
@@ -73,16 +85,17 @@ def evaluate_checkpoint(
     Raises `UserError` for weights, data or settings it cannot use, and `EvaluationFailed` for another rank's failure.
     """
     device, data_dir = torch.device(device), data_dir.expanduser().absolute()
+    shown = console if rank == 0 and console is not None else make_console("quiet")
+    works: list[Progress] = []
 
     def answer() -> tuple[Request, dict[str, list[Prompt]], GenerationAdapter | None]:
         request = decide_request(checkpoint, config=config, data_dir=data_dir, device=device, baseline=baseline)
         done = finished_results(out_dir, request.key)
         if done is not None and request.is_settled_by(done):
             return request, {}, None
-        shown = console if rank == 0 else None
         store = AnswerStore(out_dir, rank=rank)
-        found = _generate(checkpoint, request, store, device=device, rank=rank, world_size=world_size, console=shown)
-        return request, *found
+        ranks = {"rank": rank, "world_size": world_size}
+        return request, *_generate(checkpoint, request, store, device=device, console=shown, works=works, **ranks)
 
     def score() -> Results | None:
         if rank != 0:
@@ -97,7 +110,8 @@ def evaluate_checkpoint(
             baseline=baseline,
             checkpoint=checkpoint.name,
             step=step if step is not None else step_of(checkpoint),
-            console=console,
+            console=shown,
+            works=works,
         )
 
     request, prompts, adapter = together(answer, agree)
@@ -140,12 +154,15 @@ def score_all(
     checkpoint: str,
     step: int | None,
     answers: Mapping[str, Answer] | None = None,
-    console: Console | None = None,
+    console: Terminal | None = None,
+    works: Sequence[Progress] = (),
 ) -> Results:
     """Score `answers`, by default all ranks' stored ones; samples.jsonl and results.json are the last things written.
 
     The judge's verdicts are kept in `out_dir` and in the shared cache as they come, and what they cost in usage.jsonl.
+    The console ends with a table of what took how long, `works` before the judging.
     """
+    console = console or make_console("quiet")
     answers = AnswerStore(out_dir, rank=0).read() if answers is None else answers
     rows: list[dict[str, Any]] = []
     tasks: dict[str, TaskResult] = {}
@@ -153,9 +170,18 @@ def score_all(
     asked = request.judge.endpoint if isinstance(request.judge, ModelJudge) else None
     with keep_verdicts(request.judge, out_dir), usage_kept(console, asked, out_dir, role="judge"):
         say_judging(console, request.judge, request.tasks, prompts, answers)
-        for task in request.tasks:
-            tasks[task.name], task_rows = _score(task, prompts[task.name], answers, before=before, request=request)
-            rows += task_rows
+        total = sum(len(prompts[task.name]) for task in request.tasks)
+        with console.progress("verdicts", total, unit="verdicts", num_lines=_JUDGING_LINES) as judging:
+            for task in request.tasks:
+                tasks[task.name], task_rows = _score(
+                    task,
+                    prompts[task.name],
+                    answers,
+                    before=before,
+                    request=request,
+                    on_verdict=partial(judging.advance, note=task.name, task=task.name),
+                )
+                rows += task_rows
     tasks, pooled = finish_comparison(tasks, general=request.config.select.general)
     write_samples(out_dir, rows)
     results = Results(
@@ -178,6 +204,7 @@ def score_all(
         pooled=pooled,
     )
     write_results(out_dir, results)
+    console.summary(work_table([*works, judging]), what="work", works=work_facts([*works, judging]))
     return results
 
 
@@ -199,11 +226,13 @@ def _generate(
     device: torch.device,
     rank: int,
     world_size: int,
-    console: Console | None,
+    console: Terminal,
+    works: list[Progress],
 ) -> tuple[dict[str, list[Prompt]], GenerationAdapter]:
+    """The prompts by task, and the adapter that made them; `works` gets what it took."""
     decoding = request.decoding
     if isinstance(decoding, VllmDecoding):
-        return _generate_by_vllm(checkpoint, request, decoding, store, console=console)
+        return _generate_by_vllm(checkpoint, request, decoding, store, console=console, works=works)
     assert isinstance(decoding, Decoding)
     model, adapter = load_model(
         checkpoint, attention="sdpa", dtype=getattr(torch, decoding.dtype), device=device, evaluation=True
@@ -215,8 +244,10 @@ def _generate(
         task.name: make_prompts(adapter, request.samples[task.name], fingerprint=request.fingerprint, decoding=decoding)
         for task in request.tasks
     }
-    for name, task_prompts in prompts.items():
-        with _progress(console, name) as on_batch:
+    batches = [plan_batches(found, batch_size=decoding.batch_size) for found in prompts.values()]
+    total = sum(len(batch) for found in batches for batch in found[rank::world_size])
+    with answering(console, total) as work:
+        for name, task_prompts in prompts.items():
             generate_answers(
                 model,
                 adapter,
@@ -226,13 +257,20 @@ def _generate(
                 device=device,
                 rank=rank,
                 world_size=world_size,
-                on_batch=on_batch,
+                on_answers=counted(work, name),
             )
+    works.append(work)
     return prompts, adapter
 
 
 def _generate_by_vllm(
-    checkpoint: Path, request: Request, decoding: VllmDecoding, store: AnswerStore, *, console: Console | None
+    checkpoint: Path,
+    request: Request,
+    decoding: VllmDecoding,
+    store: AnswerStore,
+    *,
+    console: Terminal,
+    works: list[Progress],
 ) -> tuple[dict[str, list[Prompt]], GenerationAdapter]:
     """All tasks' prompts together: vLLM is loaded once."""
     folder = find_weights(checkpoint)
@@ -244,18 +282,20 @@ def _generate_by_vllm(
         for name, samples in request.samples.items()
     }
     together = [prompt for task_prompts in prompts.values() for prompt in task_prompts]
-    with _progress(console, "by vLLM") as on_chunk:
-        generate_by_vllm(folder, adapter, together, decoding=decoding, store=store, on_chunk=on_chunk)
+    with answering(console, len({prompt.key for prompt in together})) as work:
+        generate_by_vllm(folder, adapter, together, decoding=decoding, store=store, on_answers=counted(work, "by vLLM"))
+    works.append(work)
     return prompts, adapter
 
 
-@contextlib.contextmanager
-def _progress(console: Console | None, task: str) -> Iterator[Callable[[int, int], None]]:
-    if console is None or not console.is_terminal:
-        yield lambda done, total: None
-        return
-    with console.status(f"evaluating {task}") as status:
-        yield lambda done, total: status.update(f"evaluating {task}: {done} of {total}")
+def answering(console: Terminal, total: int) -> Progress:
+    """The progress of an evaluation's answers, whoever gives them."""
+    return console.progress("answers", total, unit="answers", num_lines=_GENERATION_LINES)
+
+
+def counted(work: Progress, name: str) -> OnAnswers:
+    """Counts a task's answers."""
+    return lambda count, kept: work.advance(count, kept=kept, note=name, task=name)
 
 
 def _score(
@@ -265,10 +305,11 @@ def _score(
     *,
     before: Sequence[dict[str, Any]],
     request: Request,
+    on_verdict: Callable[[], None],
 ) -> tuple[TaskResult, list[dict[str, Any]]]:
     found = collect_answers(prompts, answers)
     samples = [prompt.sample for prompt in prompts]
-    verdicts = score_found(task, samples, found, request.judge)
+    verdicts = score_found(task, samples, found, request.judge, on_verdict=on_verdict)
     old = {row["id"]: row for row in before if row["task"] == task.name}
     rows = [
         _sample_row(task, prompt, answer, verdict, old=old.get(prompt.sample.id))

@@ -14,26 +14,29 @@ from mirage.config.loader import load_section
 from mirage.config.schema import DataConfig, EvalConfig
 from mirage.errors import UserError
 from mirage.evals.evaluate import evaluate_checkpoint, finished_results, step_of
-from mirage.evals.report import results_table
 from mirage.evals.request import decide_request
 from mirage.evals.results import RESULTS_FILE, read_results
 from mirage.evals.schedule import leased
+from mirage.evals.show_results import show_results
 from mirage.models.registry import find_weights, known_family, load_adapter
 from mirage.models.shipped import PREFIX, find_shipped
-from mirage.tracking.console import make_console
+from mirage.tracking.console import console_mode, make_console
 from mirage.training.checkpoint import NAME, ready_checkpoints
 
 # What `mirage evaluate` takes besides the keys of the recipe's eval section.
-_OWN_SETTINGS = ("out_dir", "baseline", "device")
+_OWN_SETTINGS = ("out_dir", "baseline", "device", "console")
 
 
 def run(path: str | Path, settings: Sequence[str] = ()) -> int:
     """`mirage evaluate PATH key=value ...`: measure, print the table, exit code.
 
     PATH is a checkpoint, a run folder (its newest checkpoint) or any weights folder. Settings are the recipe's `eval`
-    keys, over those of the run that the path lies in, and `out_dir`, `baseline`, `device`. Raises `UserError`.
+    keys, over those of the run that the path lies in, and `out_dir`, `baseline`, `device`, `console`. Raises
+    `UserError`.
     """
     own, rest = _own_settings(settings)
+    console = make_console(console_mode(own.get("console")))
+    quiet_libraries()
     shipped = str(path).startswith(PREFIX)
     given = find_shipped(str(path)) if shipped else Path(path).expanduser().absolute()
     if shipped and "out_dir" not in own:
@@ -68,7 +71,6 @@ def run(path: str | Path, settings: Sequence[str] = ()) -> int:
     out_dir = (
         Path(own["out_dir"]) if "out_dir" in own else _default_out_dir(checkpoint, run_dir, request.key, usual=usual)
     )
-    console = make_console("rich")
     with leased(checkpoint) if NAME.match(checkpoint.name) else contextlib.nullcontext():
         results = evaluate_checkpoint(
             checkpoint,
@@ -80,9 +82,15 @@ def run(path: str | Path, settings: Sequence[str] = ()) -> int:
             console=console,
         )
     assert results is not None
-    console.print(results_table([read_results(baseline), results] if baseline is not None else [results]))
-    console.print(f"results: {out_dir / RESULTS_FILE}")
+    show_results(console, results, file=out_dir / RESULTS_FILE, before=read_results(baseline) if baseline else None)
     return 0
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' bars for each file it loads out of the terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _own_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:

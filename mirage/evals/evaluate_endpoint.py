@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mirage.config.loader import load_section
 from mirage.config.schema import DataConfig, EvalConfig
@@ -18,21 +16,22 @@ from mirage.errors import UserError
 from mirage.evals.answers import Answer, AnswerStore
 from mirage.evals.costs import say_answering, usage_kept
 from mirage.evals.endpoint_generation import EndpointDecoding, ServerSpec, ask_for_answers, make_endpoint_prompts
-from mirage.evals.evaluate import finished_results, score_all
+from mirage.evals.evaluate import answering, counted, finished_results, score_all
 from mirage.evals.generate import Prompt
-from mirage.evals.report import results_table
 from mirage.evals.request import Request, decide_request
 from mirage.evals.results import RESULTS_FILE, Results, read_results
-from mirage.tracking.console import make_console
+from mirage.evals.show_results import show_results
+from mirage.tracking.console import Terminal, console_mode, make_console
+from mirage.tracking.progress import Progress
 
 # What the command takes besides the keys of the recipe's eval section.
-_OWN_SETTINGS = ("out_dir", "baseline")
+_OWN_SETTINGS = ("out_dir", "baseline", "console")
 # Where evaluations of servers lie: there is no run and no checkpoint beside which they could.
 DEFAULT_FOLDER = Path("runs") / "endpoints"
 
 
 def evaluate_endpoint(
-    request: Request, *, out_dir: Path, baseline: Path | None = None, console: Console | None = None
+    request: Request, *, out_dir: Path, baseline: Path | None = None, console: Terminal | None = None
 ) -> Results:
     """Ask the server for the missing answers of `request` (made without a checkpoint), score all, write the results.
 
@@ -52,8 +51,9 @@ def evaluate_endpoint(
     store = AnswerStore(out_dir, rank=0)
     together = [prompt for task_prompts in prompts.values() for prompt in task_prompts]
     say_answering(console, endpoint, together, store.read(), limit=decoding.max_new_tokens)
-    with usage_kept(console, endpoint, out_dir, role="model"):
-        answers = asyncio.run(_ask(endpoint, prompts, decoding=decoding, store=store, console=console))
+    work = answering(console or make_console("quiet"), len({prompt.key for prompt in together}))
+    with usage_kept(console, endpoint, out_dir, role="model"), work:
+        answers = asyncio.run(_ask(endpoint, prompts, decoding=decoding, store=store, work=work))
     return score_all(
         request,
         prompts,
@@ -64,6 +64,7 @@ def evaluate_endpoint(
         step=None,
         answers=answers,
         console=console,
+        works=[work],
     )
 
 
@@ -73,35 +74,26 @@ async def _ask(
     *,
     decoding: EndpointDecoding,
     store: AnswerStore,
-    console: Console | None,
+    work: Progress,
 ) -> dict[str, Answer]:
     answers: dict[str, Answer] = {}
     async with endpoint:
         for name, task_prompts in prompts.items():
-            with _progress(console, name) as on_answer:
-                answers |= await ask_for_answers(
-                    endpoint, task_prompts, decoding=decoding, store=store, on_answer=on_answer
-                )
+            answers |= await ask_for_answers(
+                endpoint, task_prompts, decoding=decoding, store=store, on_answers=counted(work, name)
+            )
     return answers
-
-
-@contextlib.contextmanager
-def _progress(console: Console | None, task: str) -> Iterator[Callable[[int, int], None]]:
-    if console is None or not console.is_terminal:
-        yield lambda done, total: None
-        return
-    with console.status(f"asking {task}") as status:
-        yield lambda done, total: status.update(f"asking {task}: answer {done} of {total}")
 
 
 def run(settings: Sequence[str]) -> int:
     """`mirage evaluate endpoint.base_url=URL endpoint.model=NAME key=value ...`: print the table, exit code.
 
-    Settings are the recipe's `eval` keys, and `out_dir`, `baseline`. Raises `UserError`.
+    Settings are the recipe's `eval` keys, and `out_dir`, `baseline`, `console`. Raises `UserError`.
     """
     own = {key: text for key, _, text in (item.partition("=") for item in settings) if key in _OWN_SETTINGS}
     config = load_section("eval", [item for item in settings if item.partition("=")[0] not in _OWN_SETTINGS])
     assert isinstance(config, EvalConfig)
+    console = make_console(console_mode(own.get("console")))
     if config.endpoint is None:
         raise UserError("give a PATH, or endpoint.base_url and endpoint.model to measure a model behind a server")
     baseline = Path(own["baseline"]) if "baseline" in own else None
@@ -110,10 +102,8 @@ def run(settings: Sequence[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     request = decide_request(None, config=config, data_dir=data_dir, device=device, baseline=baseline)
     out_dir = Path(own["out_dir"]) if "out_dir" in own else _default_out_dir(config.endpoint.model, request.key)
-    console = make_console("rich")
     results = evaluate_endpoint(request, out_dir=out_dir, baseline=baseline, console=console)
-    console.print(results_table([read_results(baseline), results] if baseline is not None else [results]))
-    console.print(f"results: {out_dir / RESULTS_FILE}")
+    show_results(console, results, file=out_dir / RESULTS_FILE, before=read_results(baseline) if baseline else None)
     return 0
 
 

@@ -20,6 +20,9 @@ from mirage.evals.task import Sample
 from mirage.files import file_sha256
 from mirage.models.adapter import GenerationAdapter, Question
 
+# Called with so many more answers, and whether they were there from an earlier run.
+OnAnswers = Callable[[int, bool], None]
+
 
 class Decoding(BaseModel):
     """Everything besides weights, prompt and pictures that an answer depends on."""
@@ -90,23 +93,22 @@ def generate_answers(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_answers: OnAnswers = lambda count, kept: None,
 ) -> None:
     """Answer this rank's batches into `store`; a batch whose answers are all there is not generated again.
 
     Batch b belongs to rank b % world_size. A partly answered batch is generated whole: resuming changes nothing.
-    `on_batch(done, total)` counts this rank's batches.
+    `on_answers` hears of this rank's answers, batch by batch.
     """
     have = store.read()
-    mine = plan_batches(prompts, batch_size=decoding.batch_size)[rank::world_size]
-    for done, batch in enumerate(mine, start=1):
+    for batch in plan_batches(prompts, batch_size=decoding.batch_size)[rank::world_size]:
         missing = [prompt.key for prompt in batch if prompt.key not in have]
         if missing:
             answers = generate_batch(model, adapter, batch, decoding=decoding, device=device)
             fresh = {answer.key: answer for answer in answers if answer.key in missing}
             store.append(fresh.values())
             have |= fresh
-        on_batch(done, len(mine))
+        on_answers(len(batch), not missing)
 
 
 @torch.inference_mode()

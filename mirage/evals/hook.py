@@ -13,7 +13,6 @@ from mirage.config.schema import EvalConfig, Recipe
 from mirage.errors import RunStopped
 from mirage.evals.evaluate import describe_failure, evaluate_checkpoint
 from mirage.evals.guards import guard_evaluation, stop_if_alarmed
-from mirage.evals.report import results_table
 from mirage.evals.request import check_evaluation
 from mirage.evals.results import RESULTS_FILE, read_results
 from mirage.evals.schedule import (
@@ -28,17 +27,16 @@ from mirage.evals.schedule import (
     settle,
     tier_config,
 )
+from mirage.evals.show_results import show_results
 from mirage.evals.tracked import log_evaluation, log_what_is_missing
 from mirage.files import write_atomic
-from mirage.tracking.console import make_console
+from mirage.tracking.console import Terminal, make_console
 from mirage.tracking.run import Tracker
 from mirage.training.callbacks import Callback
 from mirage.training.checkpoint import checkpoint_name, checkpoint_step, ready_checkpoints
 from mirage.training.distributed import gather_objects, outside_training
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mirage.training.trainer import Trainer
 
 LOGGED_FILE = "LOGGED"
@@ -90,7 +88,11 @@ class EvalCallback(Callback):
         if still:
             steps = ", ".join(f"{job.step} ({job.state})" for job in still)
             console = make_console(trainer.recipe.tracking.console)
-            console.print(f"not measured yet: step {steps}; run `mirage worker {trainer.run_dir}`", soft_wrap=True)
+            console.say(
+                f"not measured yet: step {steps}; run `mirage worker {trainer.run_dir}`",
+                event="not_measured",
+                steps=[job.step for job in still],
+            )
 
     def _let_wait(self, trainer: Trainer, step: int) -> None:
         """One job for each checkpoint, whatever its state is: nothing is measured twice."""
@@ -149,7 +151,7 @@ def run_job(
     *,
     recipe: Recipe,
     device: torch.device,
-    console: Console | None,
+    console: Terminal | None,
     rank: int = 0,
     world_size: int = 1,
     group: Any = None,
@@ -184,12 +186,11 @@ def run_job(
     if rank == 0:
         settle(run_dir, ended)
     if console is not None and ended.state == "failed":
-        console.print(
-            f"[bold red]evaluation of step {job.step} failed[/]: the checkpoint is kept, and it is tried again when "
-            f"the run or `mirage worker {run_dir}` is started",
-            soft_wrap=True,
+        console.error(
+            f"evaluation of step {job.step} failed: the checkpoint is kept, and it is tried again when the run or "
+            f"`mirage worker {run_dir}` is started\n{ended.reason}",
+            step=job.step,
         )
-        console.print(ended.reason, markup=False, soft_wrap=True)
     return ended
 
 
@@ -207,7 +208,7 @@ def _alarm(run_dir: Path, steps: list[int], *, config: EvalConfig) -> str | None
     return None
 
 
-def log_finished(run_dir: Path, tracker: Tracker | None, console: Console, *, config: EvalConfig) -> list[int]:
+def log_finished(run_dir: Path, tracker: Tracker | None, console: Terminal, *, config: EvalConfig) -> list[int]:
     """Send each finished evaluation that was not logged to the tracker, at its own step; returns these steps.
 
     Guards look at it first; its table and what they say are printed.
@@ -226,8 +227,9 @@ def log_finished(run_dir: Path, tracker: Tracker | None, console: Console, *, co
         if tracker is not None:
             log_evaluation(tracker, out_dir, step=job.step, config=config, num_alarms=len(alarms))
         write_atomic(out_dir / LOGGED_FILE, f"{results.request}\n")
-        console.print(results_table([read_results(first), results] if results.baseline else [results]))
+        show_results(console, results, before=read_results(first) if results.baseline else None)
         for alarm in alarms:
-            console.print(f"step {job.step} is worse than step 0: {alarm.message}", markup=False, soft_wrap=True)
+            text = f"step {job.step} is worse than step 0: {alarm.message}"
+            console.say(text, event="alarm", step=job.step, guard=alarm.guard, rate=alarm.rate)
         steps.append(job.step)
     return steps

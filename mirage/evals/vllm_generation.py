@@ -9,7 +9,7 @@ the folder's template instead. Needs a machine that vLLM runs on: the tests here
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mirage.config.schema import EvalConfig
 from mirage.errors import UserError
 from mirage.evals.answers import Answer, AnswerStore
-from mirage.evals.generate import Prompt, answer_of, open_rgb
+from mirage.evals.generate import OnAnswers, Prompt, answer_of, open_rgb
 from mirage.models.adapter import ModelAdapter, image_order
 from mirage.models.generic import processor_sha256
 from mirage.models.registry import find_weights, known_family
@@ -74,7 +74,7 @@ def generate_by_vllm(
     *,
     decoding: VllmDecoding,
     store: AnswerStore,
-    on_chunk: Callable[[int, int], None] = lambda done, total: None,
+    on_answers: OnAnswers = lambda count, kept: None,
 ) -> None:
     """Answer greedily, into `store`, what is not there yet; vLLM is started only if something is missing.
 
@@ -82,6 +82,7 @@ def generate_by_vllm(
     """
     have = store.read()
     missing = list({prompt.key: prompt for prompt in prompts if prompt.key not in have}.values())
+    on_answers(len({prompt.key for prompt in prompts}) - len(missing), True)
     if not missing:
         return
     vllm = import_vllm()
@@ -107,7 +108,7 @@ def generate_by_vllm(
         chunk = missing[start : start + CHUNK]
         outputs = llm.generate([vllm_prompt(adapter, prompt) for prompt in chunk], params, use_tqdm=False)
         store.append([_answer(adapter, *pair, decoding) for pair in zip(chunk, outputs, strict=True)])
-        on_chunk(start + len(chunk), len(missing))
+        on_answers(len(chunk), False)
     del llm
     gc.collect()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import MutableMapping
@@ -10,12 +11,15 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
-from rich.console import Console
+from rich import box
+from rich.table import Table
 
 from mirage.config.schema import Recipe
 from mirage.errors import UserError
 from mirage.evals.hook import log_finished, run_job
-from mirage.evals.schedule import Job, all_jobs, claimed, open_jobs, read_job
+from mirage.evals.results import read_results
+from mirage.evals.schedule import Job, all_jobs, claimed, open_jobs, read_job, results_dir
+from mirage.tracking.console import Terminal
 from mirage.tracking.run import Tracker
 
 POLL_SECONDS = 5.0
@@ -23,7 +27,7 @@ POLL_SECONDS = 5.0
 _LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
 
 
-def work(run_dir: Path, *, device: torch.device, once: bool, console: Console) -> int:
+def work(run_dir: Path, *, device: torch.device, once: bool, console: Terminal) -> int:
     """Measure what waits until the training is over and nothing waits any more; with `once`, what waits now.
 
     Several workers share the work: a checkpoint is claimed by a lock that a kill releases. What failed is tried once
@@ -41,10 +45,29 @@ def work(run_dir: Path, *, device: torch.device, once: bool, console: Console) -
             break
         time.sleep(POLL_SECONDS)
     _log_after_training(run_dir, recipe, console)
-    failed = [job for job in all_jobs(run_dir) if job.state == "failed"]
+    jobs = all_jobs(run_dir)
+    _say_summary(run_dir, jobs, console)
+    failed = [job for job in jobs if job.state == "failed"]
     for job in failed:
-        console.print(f"step {job.step} is not measured: {job.reason}", markup=False, soft_wrap=True)
+        console.error(f"step {job.step} is not measured: {job.reason}", step=job.step)
     return len(failed)
+
+
+def _say_summary(run_dir: Path, jobs: list[Job], console: Terminal) -> None:
+    """A line for each of the run's checkpoints: what became of its evaluation."""
+    table = Table(title="evaluations of the run", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("step", "tier", "state", "samples", "unscored"):
+        table.add_column(name, justify="left" if name in ("tier", "state") else "right", no_wrap=True)
+    facts: list[dict[str, object]] = []
+    for job in jobs:
+        results = None
+        with contextlib.suppress(UserError):
+            results = read_results(results_dir(run_dir, job.step)) if job.state == "done" else None
+        counts = [(task.num_samples, task.num_unscored) for task in results.tasks.values()] if results else []
+        sums = [sum(column) for column in zip(*counts)]
+        table.add_row(str(job.step), job.tier, job.state, *(map(str, sums) if sums else ("-", "-")))
+        facts.append({"step": job.step, "tier": job.tier, "state": job.state, "num_samples": sums[0] if sums else None})
+    console.summary(table, what="worker", evaluations=facts)
 
 
 def _is_its_turn(run_dir: Path, job: Job) -> bool:
@@ -54,7 +77,7 @@ def _is_its_turn(run_dir: Path, job: Job) -> bool:
 
 
 def _work_on(
-    run_dir: Path, job: Job, *, recipe: Recipe, device: torch.device, console: Console, tried: set[int]
+    run_dir: Path, job: Job, *, recipe: Recipe, device: torch.device, console: Terminal, tried: set[int]
 ) -> None:
     with claimed(run_dir, job.step) as mine:
         # Another worker may have finished it between our look and our claim.
@@ -62,7 +85,7 @@ def _work_on(
         if not mine or now is None or now.state == "done":
             return
         tried.add(job.step)
-        console.print(f"measuring step {job.step} ({job.tier})")
+        console.say(f"measuring step {job.step} ({job.tier})", event="start", what="evaluation", step=job.step)
         run_job(run_dir, job, recipe=recipe, device=device, console=console)
 
 
@@ -95,7 +118,7 @@ def is_training(run_dir: Path) -> bool:
         return True
 
 
-def _log_after_training(run_dir: Path, recipe: Recipe, console: Console) -> None:
+def _log_after_training(run_dir: Path, recipe: Recipe, console: Terminal) -> None:
     """Send what is finished and was not logged to the run's tracking; while it trains, the run itself does that."""
     try:
         with FileLock(run_dir / ".lock").acquire(timeout=0):
@@ -111,4 +134,4 @@ def _log_after_training(run_dir: Path, recipe: Recipe, console: Console) -> None
             finally:
                 tracker.close()
     except Timeout:
-        console.print("the run is training and logs these results at its next checkpoint", soft_wrap=True)
+        console.say("the run is training and logs these results at its next checkpoint")

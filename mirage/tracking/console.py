@@ -1,166 +1,160 @@
-"""What the terminal shows while a run goes: a live progress line, or about twenty plain lines in a log file."""
+"""The terminal of every command: text, tables and progress with the time left, in one of four modes."""
 
 from __future__ import annotations
 
-import math
+import functools
+import io
+import os
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TextIO, TypeVar, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as LiveLines
+from rich.table import Table
 
-from mirage.training.callbacks import Callback
+from mirage.errors import UserError
+from mirage.tracking import json_lines
+from mirage.tracking.progress import NUM_LINES, SECONDS_BETWEEN_LINES, Progress
 
-if TYPE_CHECKING:
-    from mirage.training.trainer import Trainer
-
-ConsoleMode = Literal["rich", "plain", "quiet"]
-
-# Weight of the newest step in the smoothed step time: the last ten steps or so make the ETA.
-_SMOOTHING = 0.2
-
-
-def make_console(mode: ConsoleMode, *, file: TextIO | None = None) -> Console:
-    """A console for standard output (or `file`): colours in a terminal in rich mode only, nothing at all when quiet."""
-    quiet = mode == "quiet"
-    console = Console(file=file, highlight=False, quiet=quiet)
-    if mode == "rich" and console.is_terminal:
-        return console
-    # Wide enough that no line of a log file is folded.
-    return Console(file=file, highlight=False, quiet=quiet, no_color=True, force_terminal=False, width=200)
+ConsoleMode = Literal["rich", "plain", "quiet", "json"]
+MODES: tuple[ConsoleMode, ...] = get_args(ConsoleMode)
+# Wide enough that no line of a log file is folded.
+_FILE_COLUMNS = 200
+Item = TypeVar("Item")
 
 
-class ConsoleCallback(Callback):
-    """Loss, learning rate, tokens a second and time left, from the main rank.
+class Terminal(Console):
+    """A rich console on standard output (or `file`) that knows the mode.
 
-    `rich` draws one live line in a terminal and falls back to `plain` elsewhere; `plain` prints about `num_lines` lines
-    over a run; `quiet` prints nothing. The mode is the recipe's `tracking.console` unless given.
+    `rich`: live lines and colours in a terminal, `plain` elsewhere. `plain`: text without escape codes, about twenty
+    lines for a piece of work. `quiet`: nothing but errors. `json`: one JSON object a line, each with an `event`. Errors
+    go to standard error in every mode, and in JSON mode to standard output too. NO_COLOR takes the colours away.
     """
 
     def __init__(
         self,
-        mode: ConsoleMode | None = None,
+        mode: ConsoleMode,
         *,
-        console: Console | None = None,
-        num_lines: int = 20,
+        file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        is_terminal: bool | None = None,
     ) -> None:
-        self._mode = mode
-        self._console = console
-        self._num_lines = num_lines
-        self._clock = clock
-        self._progress: Progress | None = None
-        self._first_step = 0
-        self._next_line = 0
-        self._started_at = 0.0
-        self._step_seconds: float | None = None
-        self._last: dict[str, float] = {}
+        """`is_terminal` is found out when None: FORCE_COLOR and the like make no terminal of a file."""
+        in_terminal = (file or sys.stdout).isatty() if is_terminal is None else is_terminal
+        self.mode, self.clock, self._given = mode, clock, file
+        self.is_live = mode == "rich" and in_terminal and os.environ.get("TERM") not in ("dumb", "unknown")
+        super().__init__(
+            file=file,
+            highlight=False,
+            quiet=mode == "quiet",
+            force_terminal=self.is_live,
+            no_color=None if self.is_live else True,
+            width=None if in_terminal else _FILE_COLUMNS,
+        )
+        self._live_lines: LiveLines | None = None
 
-    def on_start(self, trainer: Trainer) -> None:
-        if not trainer.is_main:
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's; in JSON mode the text is an event `message`."""
+        if self.mode != "json":
+            super().print(*objects, **options)
             return
-        mode = self._mode or trainer.recipe.tracking.console
-        self._console = self._console or make_console(mode)
-        self._first_step, self._started_at = trainer.step, self._clock()
-        origin = f"continues after step {trainer.step}" if trainer.step else "starts"
-        self._print(f"{trainer.recipe.name} {origin}: {trainer.total_steps} steps, folder {trainer.run_dir}")
-        for part, kernel in trainer.kernels.items():
-            self._print(f"{part}: {kernel}")
-        if mode == "rich" and self._console.is_terminal:
-            self._progress = _progress(self._console)
-            self._progress.add_task("train", total=trainer.total_steps, completed=trainer.step, line="")
-            self._progress.start()
+        text = io.StringIO()
+        Console(file=text, highlight=False, no_color=True, width=_FILE_COLUMNS).print(*objects, **options)
+        self.emit("message", text=text.getvalue().rstrip("\n"))
 
-    def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        if not trainer.is_main:
+    def say(self, text: str, *, event: str = "message", **fields: Any) -> None:
+        """A line of plain text; in JSON mode the event with `text` and the fields."""
+        if self.mode == "json":
+            self.emit(event, text=text, **fields)
+        else:
+            super().print(text, markup=False, soft_wrap=True)
+
+    def summary(self, table: Table, *, event: str = "summary", **fields: Any) -> None:
+        """A table at the end of some work; in JSON mode the event with the fields, which say the same."""
+        if self.mode == "json":
+            self.emit(event, **fields)
+        else:
+            super().print(table)
+
+    def error(self, text: str, **fields: Any) -> None:
+        """What went wrong though the command goes on; said in every mode."""
+        self.emit("error", message=text, **fields)
+        console = Console(stderr=True, highlight=False, force_terminal=self.is_live)
+        console.print(text, markup=False, soft_wrap=True, style="red")
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """A JSON line in JSON mode, nothing in the others."""
+        if self.mode == "json":
+            json_lines.emit(event, fields, file=self._given)
+
+    def progress(
+        self,
+        what: str,
+        total: float,
+        *,
+        done: float = 0,
+        unit: str = "",
+        num_lines: int = NUM_LINES,
+        seconds_between: float = SECONDS_BETWEEN_LINES,
+    ) -> Progress:
+        """A piece of work to count, as a context manager."""
+        options: dict[str, Any] = {"num_lines": num_lines, "seconds_between": seconds_between}
+        return Progress(self, what, total, done=done, unit=unit, **options)
+
+    def track(self, items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+        """The items, counted as they are used; nothing is said of no items."""
+        if not total:
+            yield from items
             return
-        self._last |= metrics
-        self._smooth(metrics.get("train/step_seconds"))
-        remaining = trainer.total_steps - trainer.step
-        eta_seconds = None if self._step_seconds is None else self._step_seconds * remaining
-        line = describe(self._last, eta_seconds=eta_seconds)
-        if self._progress:
-            self._progress.update(self._progress.task_ids[0], completed=trainer.step, line=line)
-        elif metrics and self._is_due(trainer.step, trainer.total_steps):
-            self._print(f"step {trainer.step:>{len(str(trainer.total_steps))}}/{trainer.total_steps}  {line}")
+        with self.progress(what, total) as work:
+            for item in items:
+                yield item
+                work.advance()
 
-    def on_checkpoint(self, trainer: Trainer, checkpoint: Path, step: int) -> None:
-        if trainer.is_main:
-            self._print(f"checkpoint of step {step}: {checkpoint}")
+    def draw(self, what: str, total: float, done: float) -> TaskID:
+        """Begin a live line. All live lines of a terminal are one block, so that nested work draws no second one."""
+        if self._live_lines is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[line]}"),
+            )
+            self._live_lines = LiveLines(*columns, console=self, refresh_per_second=4, transient=True)
+            self._live_lines.start()
+        return self._live_lines.add_task(what, total=round(total), completed=round(done), line="")
 
-    def on_end(self, trainer: Trainer) -> None:
-        if not trainer.is_main:
+    def redraw(self, task: TaskID, *, total: float, done: float, line: str) -> None:
+        """Bring a live line up to date."""
+        if self._live_lines is not None:
+            self._live_lines.update(task, total=round(total), completed=round(done), line=line)
+
+    def undraw(self, task: TaskID) -> None:
+        """Take a live line away."""
+        if self._live_lines is None:
             return
-        self._stop()
-        seconds = duration(self._clock() - self._started_at)
-        loss = self._last.get("train/loss")
-        last = "" if loss is None else f", last loss {loss:.4f}"
-        self._print(f"{trainer.recipe.name} done: step {trainer.step} after {seconds}{last}")
-
-    def on_close(self, trainer: Trainer, error: BaseException | None) -> None:
-        # Without a console the run ended before its start, and the error itself is all there is to say.
-        if not trainer.is_main or self._console is None:
-            return
-        self._stop()
-        if error is not None:
-            self._print(f"stopped at step {trainer.step} of {trainer.total_steps}; the same command continues the run")
-
-    def _is_due(self, step: int, total_steps: int) -> bool:
-        if step < self._next_line and step != total_steps:
-            return False
-        every = max(1, math.ceil((total_steps - self._first_step) / self._num_lines))
-        self._next_line = (step // every + 1) * every
-        return True
-
-    def _smooth(self, step_seconds: float | None) -> None:
-        if step_seconds is not None and math.isfinite(step_seconds):
-            old = step_seconds if self._step_seconds is None else self._step_seconds
-            self._step_seconds = old + _SMOOTHING * (step_seconds - old)
-
-    def _print(self, message: str) -> None:
-        if self._console:
-            self._console.print(message, markup=False, soft_wrap=True)
-
-    def _stop(self) -> None:
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
+        self._live_lines.remove_task(task)
+        if not self._live_lines.task_ids:
+            self._live_lines.stop()
+            self._live_lines = None
 
 
-def describe(metrics: dict[str, float], *, eta_seconds: float | None) -> str:
-    """One line from a step's metrics, in a fixed order; what is not there is left out."""
-    formats: dict[str, Callable[[float], str]] = {
-        "train/epoch": lambda value: f"epoch {value:.2f}",
-        "train/loss": lambda value: f"loss {value:.4f}",
-        "train/lr": lambda value: f"lr {value:.2e}",
-        "train/tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
-        "train/mfu": lambda value: f"mfu {value:.0%}",
-    }
-    parts = [show(metrics[name]) for name, show in formats.items() if name in metrics]
-    if eta_seconds is not None:
-        parts.append(f"eta {duration(eta_seconds)}")
-    return "  ".join(parts)
+@functools.cache
+def _shared(mode: ConsoleMode) -> Terminal:
+    return Terminal(mode)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as `42s`, `3m05s` or `2h07m`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+def make_console(mode: ConsoleMode, *, file: TextIO | None = None) -> Terminal:
+    """A mode's terminal: of standard output the one that all parts of a command share, of a `file` a new one."""
+    return _shared(mode) if file is None else Terminal(mode, file=file)
 
 
-def _progress(console: Console) -> Progress:
-    # Other parts may print while the line is live (evaluation, warnings): rich moves such text above it.
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[line]}"),
-        console=console,
-        refresh_per_second=4,
-    )
+def console_mode(text: str | None) -> ConsoleMode:
+    """The mode that a command's `console=...` names, rich without one. Raises `UserError` that lists the modes."""
+    for mode in MODES:
+        if mode == (text or "rich"):
+            return mode
+    raise UserError(f"console={text}: write one of {', '.join(f'console={mode}' for mode in MODES)}")

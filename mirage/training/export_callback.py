@@ -95,4 +95,6 @@ def _export(
     }
     write_atomic(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     found = ", ".join(f"{layout} (logits within {difference:.0e})" for layout, difference in differences.items())
-    make_console(trainer.recipe.tracking.console).print(f"exported to {folder}: {found}")
+    make_console(trainer.recipe.tracking.console).say(
+        f"exported to {folder}: {found}", event="export", folder=folder, logit_differences=differences
+    )

@@ -142,4 +142,4 @@ class LedgerCallback(Callback):
 
     @staticmethod
     def _print(trainer: Trainer, text: str) -> None:
-        make_console(trainer.recipe.tracking.console).print(text, markup=False, soft_wrap=True)
+        make_console(trainer.recipe.tracking.console).say(text, event="data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,12 +19,16 @@ from PIL import Image
 
 from data_gen import pipeline as pipelines
 from data_gen.cli import main
+from data_gen.engine import StageEvent
 from data_gen.pipeline import load_pipeline
 from data_gen.run import RunHooks, run_pipeline, work_folder
+from data_gen.run_display import RunDisplay
 from data_gen.store import read_manifest
 from data_gen.taxonomy.facts import load_taxonomy
 from mirage.data.row import Row
+from mirage.endpoint.failures import Usage
 from mirage.errors import UserError
+from mirage.tracking.console import Terminal
 from tests.support import synthetic_run
 from tests.support.fake_openai import FakeOpenAI, Faults, Logged
 
@@ -306,6 +311,52 @@ def test_status_tells_what_is_stored(tmp_path, capsys):
     assert main(["status", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "compose" in shown and "refusal" in shown and "published:" in shown
+
+
+def _event(stage: str, status: str = "done", *, cached: bool = False, num_made: int = 1) -> StageEvent:
+    return StageEvent(stage, status, cached, Usage(), num_made if status == "done" else 0)
+
+
+def test_progress_counts_samples_that_have_ended_and_those_still_to_grow():
+    out, now = io.StringIO(), [0.0]
+    with RunDisplay(Terminal("json", file=out, clock=lambda: now[0])) as display:
+        display.on_plan(10, ["compose", "twins", "critic"])
+        for number in range(10):
+            now[0] += 2.0
+            display.on_result(_event("compose", "dropped" if number == 9 else "done"))
+            if number < 9:
+                display.on_result(_event("twins", num_made=2))
+                display.on_result(_event("critic"))
+                display.on_result(_event("critic", "failed" if number == 0 else "done"))
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    middle = next(line for line in lines if line["done"] >= 8)
+    # 4 of 10 seeds have become 2 samples each, which have ended; a fifth has begun, and 5 are to come.
+    assert (middle["done"], middle["total"]) == (8, 10 + 4 + 4) and 8.0 < middle["eta_seconds"] < 14.0
+    assert (lines[-1]["done"], lines[-1]["total"]) == (19, 19)
+    assert lines[-1]["stages"]["critic"] == {"done": 17, "failed": 1}
+
+
+def test_run_and_make_speak_json_and_keep_quiet(tmp_path, capsys):
+    with FakeOpenAI(reply=_reply) as server:
+        path = _write(tmp_path, _pairs(6), STAGES, endpoints=_endpoint(server))
+        run = ["run", str(path), "--out", str(tmp_path / "out")]
+        assert main([*run, "--console", "json"]) == 0
+        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        progress = [event for event in events if event["event"] == "progress" and event["what"] == "samples"]
+        summary = next(event for event in events if event["event"] == "summary")
+        assert progress[-1]["done"] == progress[-1]["total"] == summary["planned"]
+        ended = summary["done"] + summary["dropped"] + summary["failed"]
+        assert ended == summary["planned"] and summary["calls"] == len(server.log)
+        assert events[0]["event"] == "estimate" and events[-1]["event"] == "done" and events[-1]["state"] == "written"
+        assert main([*run, "--console", "plain"]) == 0
+        plain = capsys.readouterr()
+        assert f"samples {ended}/{ended}" in plain.out and f"{ended} planned: " in plain.out
+        assert "\x1b" not in plain.out
+        assert len(plain.out.splitlines()) < 40
+        assert main([*run, "--console", "quiet"]) == 0
+        assert capsys.readouterr() == ("", "")
+    with pytest.raises(UserError, match=r"argument --console: invalid choice: 'loud'.*see python -m data_gen run"):
+        main([*run, "--console", "loud"])
 
 
 def test_mistakes_in_seeds_are_told_together(tmp_path):

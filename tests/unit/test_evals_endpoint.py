@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,37 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         assert run(settings) == 0 and len(judge.log) == requests[1] + 1
         with pytest.raises(UserError, match="is the model under test"):
             run([item.replace("model=judge", "model=Tested") for item in settings])
+
+
+def test_json_mode_counts_answers_and_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path / "data")
+
+    def events(*more: str) -> list[dict[str, Any]]:
+        settings = settings_for(model, judge, data, "tasks=mis_hard,mis_real", f"out_dir={tmp_path / 'out'}", *more)
+        assert run(settings) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    with (
+        FakeOpenAI(models=("tested",), reply=lambda request: f"I decline {request.key}") as model,
+        FakeOpenAI(models=("judge",), reply=lambda request: mis_reply("safe", "level 2")) as judge,
+    ):
+        found = events("console=json")
+        (answers,) = (event for event in found if event["event"] == "progress" and event["what"] == "answers")
+        verdicts = [event for event in found if event["event"] == "progress" and event["what"] == "verdicts"]
+        assert answers["done"] == answers["total"] == len(model.log) and answers["num_kept"] == 0
+        assert (
+            verdicts[-1]["done"]
+            == verdicts[-1]["total"]
+            == found[-1]["metrics"]["eval/mis_hard/n"] + (found[-1]["metrics"]["eval/mis_real/n"])
+        )
+        assert [event["what"] for event in found if event["event"] == "summary"] == ["work", "evaluation"]
+        assert found[-1]["metrics"]["eval/mis_hard/rr"] == 100 and found[-1]["file"].endswith("results.json")
+        assert sum(event["event"] == "cost" for event in found) == 4
+        (tmp_path / "out" / "results.json").unlink()
+        again = events("console=json")
+        (answers,) = (event for event in again if event["event"] == "progress" and event["what"] == "answers")
+        assert answers["num_kept"] == answers["total"] == len(model.log)
+        assert events("console=quiet") == []
 
 
 def test_costs_are_said_before_and_kept_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from mirage.evals.evaluate_cli import run
 from mirage.evals.hook import LOGGED_FILE, EvalCallback, results_dir
 from mirage.evals.report import category_markdown, summary_markdown, summary_table
 from mirage.evals.request import weights_fingerprint
-from mirage.evals.results import Results, read_results, read_samples
+from mirage.evals.results import RESULTS_FILE, Results, read_results, read_samples
 from mirage.models.tiny import build_tiny
 from mirage.training.checkpoint import leases, publish
 from mirage.training.distributed import outside_training
@@ -340,6 +340,32 @@ def test_the_command_takes_the_runs_newest_checkpoint_and_its_settings(
     ):
         with pytest.raises(UserError, match=message):
             run(path, settings)
+
+
+def test_the_command_in_json_and_quiet_mode(
+    run_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"data_dir={data}", "tasks=mis_hard,twins", "device=cpu", "max_new_tokens=4", "batch_size=3"]
+    out_dir = tmp_path / "out"
+    assert run(run_dir, [*settings, f"out_dir={out_dir}", "console=json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    last = {event["what"]: event for event in events if event["event"] == "progress"}
+    total = sum(task.num_samples for task in read_results(out_dir).tasks.values())
+    assert {what: (event["done"], event["total"]) for what, event in last.items()} == {
+        "answers": (total, total), "verdicts": (total, total)
+    }  # fmt: skip
+    assert events[-1]["event"] == "summary" and events[-1]["metrics"] == read_results(out_dir).metrics()
+    # What was answered before a kill is told from what is answered now.
+    (out_dir / RESULTS_FILE).unlink()
+    answers = out_dir / "answers-0.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:3]))
+    assert run(run_dir, [*settings, f"out_dir={out_dir}", "console=plain"]) == 0
+    printed = capsys.readouterr().out
+    assert f"answers {total}/{total}" in printed and "2 of them from before" in printed and "\x1b" not in printed
+    assert run(run_dir, [*settings, f"out_dir={tmp_path / 'other'}", "console=quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(UserError, match="console=loud: write one of console=rich"):
+        run(run_dir, [*settings, "console=loud"])
 
 
 def test_the_command_holds_a_lease_on_the_checkpoint(

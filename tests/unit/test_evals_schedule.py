@@ -17,7 +17,6 @@ import pytest
 import torch
 from filelock import FileLock
 from pydantic import ValidationError
-from rich.console import Console
 
 from mirage.config.loader import load_recipe, resolved_json
 from mirage.config.schema import CheckpointConfig, EvalConfig, Recipe
@@ -41,6 +40,7 @@ from mirage.evals.schedule import (
     settle,
     tier_config,
 )
+from mirage.tracking.console import make_console
 from mirage.training.checkpoint import WAITING_LEASE, leases, publish, ready_checkpoints, retire
 
 CPU = torch.device("cpu")
@@ -206,7 +206,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> _Measured:
     ))  # fmt: skip
     monkeypatch.setattr(hook_module, "log_evaluation", log_step)
     monkeypatch.setattr(hook_module, "log_what_is_missing", lambda *args, **more: None)
-    monkeypatch.setattr(hook_module, "results_table", lambda results: "a table")
+    monkeypatch.setattr(hook_module, "show_results", lambda console, results, before: None)
     return found
 
 
@@ -337,26 +337,29 @@ def logged(run_dir: Path) -> list[int]:
 
 
 def test_a_worker_measures_each_checkpoint_once_and_logs_after_training(waiting: Path, measured: Any) -> None:
-    assert worker.work(waiting, device=CPU, once=False, console=Console(quiet=True)) == 0
+    assert worker.work(waiting, device=CPU, once=False, console=make_console("quiet")) == 0
     assert [step for step, _ in measured.steps] == [0, 10, 20] == logged(waiting)
-    assert worker.work(waiting, device=CPU, once=True, console=Console(quiet=True)) == 0
+    assert worker.work(waiting, device=CPU, once=True, console=make_console("quiet")) == 0
     assert len(measured.steps) == 3 and len(logged(waiting)) == 3
     assert all((results_dir(waiting, step) / LOGGED_FILE).is_file() for step in (0, 10, 20))
 
 
 def test_a_worker_tries_a_failure_once_and_tells(waiting: Path, measured: Any, capsys: Any) -> None:
     measured.failing = lambda step: step == 10
-    assert worker.work(waiting, device=CPU, once=False, console=Console(width=200)) == 1
+    assert worker.work(waiting, device=CPU, once=False, console=make_console("plain")) == 1
     assert [step for step, _ in measured.steps] == [0, 10, 20]
-    assert "step 10 is not measured: the judge is down" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "step 10 is not measured: the judge is down" in captured.err
+    states = [line.split()[:3] for line in captured.out.splitlines() if "full" in line and "measuring" not in line]
+    assert states == [["0", "full", "done"], ["10", "full", "failed"], ["20", "full", "done"]]
     measured.failing = lambda step: False
-    assert worker.work(waiting, device=CPU, once=False, console=Console(quiet=True)) == 0
+    assert worker.work(waiting, device=CPU, once=False, console=make_console("quiet")) == 0
     assert sorted(logged(waiting)) == [0, 10, 20]
 
 
 def test_a_worker_leaves_what_another_has_claimed_and_waits_for_step_0(waiting: Path, measured: Any) -> None:
     with FileLock(results_dir(waiting, 0) / ".lock", is_singleton=False):
-        assert worker.work(waiting, device=CPU, once=True, console=Console(quiet=True)) == 0
+        assert worker.work(waiting, device=CPU, once=True, console=make_console("quiet")) == 0
     assert measured.steps == []
 
 
@@ -367,7 +370,7 @@ def test_while_training_goes_on_a_worker_stays_and_leaves_logging_to_it(waiting:
     assert training.stdout is not None and training.stdout.readline() == "held\n"
     assert worker.is_training(waiting)
     started = time.monotonic()
-    worker.work(waiting, device=CPU, once=False, console=Console(quiet=True))
+    worker.work(waiting, device=CPU, once=False, console=make_console("quiet"))
     assert training.wait() == 0 and time.monotonic() - started > 1
     assert [step for step, _ in measured.steps] == [0, 10, 20] == logged(waiting)
 
@@ -380,7 +383,7 @@ def test_a_worker_is_no_rank_of_the_training() -> None:
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
-        worker.work(tmp_path, device=CPU, once=True, console=Console(quiet=True))
+        worker.work(tmp_path, device=CPU, once=True, console=make_console("quiet"))
 
 
 def test_a_kill_in_a_job_leaves_it_waiting(run_dir: Path, measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,15 +18,15 @@ from mirage.evals.evaluate import finished_results, score_all
 from mirage.evals.interchange.origin import ForeignSpec, ImportedDecoding
 from mirage.evals.interchange.predictions import Prediction, Predictions, match_predictions, read_predictions
 from mirage.evals.judges.choose import make_judge
-from mirage.evals.report import results_table
 from mirage.evals.request import Request, data_fingerprint, subset
 from mirage.evals.results import RESULTS_FILE, Results, read_results
+from mirage.evals.show_results import show_results
 from mirage.evals.tasks import find_task
 from mirage.files import file_sha256
-from mirage.tracking.console import make_console
+from mirage.tracking.console import Terminal, console_mode, make_console
 
 # What the command takes besides the keys of the recipe's eval section.
-_OWN_SETTINGS = ("task", "out_dir", "baseline", "model", "repeated")
+_OWN_SETTINGS = ("task", "out_dir", "baseline", "model", "repeated", "console")
 DEFAULT_FOLDER = Path("runs") / "imported"
 
 
@@ -39,6 +39,7 @@ def rescore(
     data_dir: Path,
     out_dir: Path | None = None,
     baseline: Path | None = None,
+    console: Terminal | None = None,
 ) -> tuple[Results, Path]:
     """Score the answers as those of `model` to `task`; the results, and the folder where they lie.
 
@@ -65,6 +66,7 @@ def rescore(
         checkpoint=model,
         step=None,
         answers=answers,
+        console=console,
     )
     return results, folder
 
@@ -112,7 +114,7 @@ def run(args: Sequence[str]) -> int:
         raise UserError("rescore takes one FILE of answers and task=NAME; `mirage tasks` lists the names")
     config = load_section("eval", settings)
     assert isinstance(config, EvalConfig)
-    path = Path(paths[0]).expanduser()
+    path, console = Path(paths[0]).expanduser(), make_console(console_mode(own.get("console")))
     baseline = Path(own["baseline"]) if "baseline" in own else None
     predictions = read_predictions(path, repeated=_repeated(own.get("repeated", "refuse")))
     results, folder = rescore(
@@ -123,14 +125,13 @@ def run(args: Sequence[str]) -> int:
         data_dir=(config.data_dir or DataConfig().dir).expanduser().absolute(),
         out_dir=Path(own["out_dir"]) if "out_dir" in own else None,
         baseline=baseline,
+        console=console,
     )
-    console = make_console("rich")
-    console.print(results_table([read_results(baseline), results] if baseline is not None else [results]))
+    show_results(console, results, file=folder / RESULTS_FILE, before=read_results(baseline) if baseline else None)
     (result,) = results.tasks.values()
     others = len(predictions.by_id) - (result.num_samples - _num_absent(result.unscored_reasons, path))
     if others > 0:
-        console.print(f"{others} answers of {path.name} are to questions that {own['task']!r} does not ask")
-    console.print(f"results: {folder / RESULTS_FILE}")
+        console.say(f"{others} answers of {path.name} are to questions that {own['task']!r} does not ask")
     return 0
 
 
