@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +18,10 @@ from mirage.data.row import Row
 from mirage.data.sources import explain, read_rows
 from mirage.errors import UserError
 from mirage.files import write_atomic
+from mirage.pages.document import page
 
 PAGE_FILE = "index.html"
+_FILES = ("review.html.jinja", "review.css", "review.js")
 MAX_ROWS = 20_000  # about 30 MB of page; more than a person reads in one go
 
 
@@ -46,8 +45,8 @@ class Reviewed:
     """Siblings whose risky row was rejected: they go with it."""
 
 
-def write_review(folder: Path, page: Path, *, splits: Sequence[str] | None = None, limit: int | None = None) -> int:
-    """Write the page for a dataset folder into the folder `page`; returns how many rows it shows.
+def write_review(folder: Path, target: Path, *, splits: Sequence[str] | None = None, limit: int | None = None) -> int:
+    """Write the page for a dataset folder into the folder `target`; returns how many rows it shows.
 
     `limit` rows are spread evenly over the chosen ones. Pictures stay where they are and are linked.
     """
@@ -58,13 +57,13 @@ def write_review(folder: Path, page: Path, *, splits: Sequence[str] | None = Non
     most = min(limit or MAX_ROWS, MAX_ROWS)
     if len(rows) > most:
         rows = [rows[number * len(rows) // most] for number in range(most)]
-    page.mkdir(parents=True, exist_ok=True)
-    pictures = Path(os.path.relpath(folder.resolve(), page.resolve())).as_posix()
+    target.mkdir(parents=True, exist_ok=True)
+    pictures = Path(os.path.relpath(folder.resolve(), target.resolve())).as_posix()
     data = {
         "dataset_sha256": manifest.get("content_sha256", ""),
         "rows": [_entry(row, pictures) for row in rows],
     }
-    write_atomic(page / PAGE_FILE, _render(folder.name, data))
+    write_atomic(target / PAGE_FILE, _render(folder.name, data))
     return len(rows)
 
 
@@ -96,24 +95,17 @@ def _entry(row: Row, pictures: str) -> dict[str, Any]:
 
 
 def _render(title: str, data: Mapping[str, Any]) -> str:
-    folder = resources.files("data_gen.pages")
-    style, script = ((folder / name).read_text("utf-8") for name in ("review.css", "review.js"))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    # A '<' inside the JSON could end its element; as \u003c it is the same text to JSON and none to HTML.
-    content = json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
-    return environment.from_string((folder / "review.html.jinja").read_text("utf-8")).render(
-        title=title,
-        num_rows=len(data["rows"]),
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
-        data=Markup(content),
+    own = {name: (resources.files("data_gen.pages") / name).read_text("utf-8") for name in _FILES}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    body = environment.from_string(own["review.html.jinja"]).render(title=title, num_rows=len(data["rows"]))
+    return page(
+        f"{title}: review",
+        Markup(body),
+        style=own["review.css"],
+        script=own["review.js"],
+        data={"data": data},
+        linked_pictures=True,
     )
-
-
-def _csp_hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
 
 
 def read_decisions(file: Path) -> dict[str, Decision]:

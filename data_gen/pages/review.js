@@ -1,6 +1,5 @@
-"use strict";
 // The page holds the rows as JSON; everything is put into the document as text, never as markup.
-const data = JSON.parse(document.getElementById("data").textContent);
+const data = readData("data");
 const PAGE_ROWS = 20;
 const FILTERS = ["split", "category", "sub_category", "decision", "kind", "phrasing", "review"];
 const stateKey = "mirage-review:" + data.dataset_sha256;
@@ -11,16 +10,6 @@ function load() {
 }
 function keep() {
   try { localStorage.setItem(stateKey, JSON.stringify(state.decisions)); } catch (error) { /* private mode */ }
-}
-function make(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {})) {
-    if (name === "text") element.textContent = value;
-    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined) element.setAttribute(name, value);
-  }
-  element.append(...children);
-  return element;
 }
 function reviewOf(row) {
   const decision = state.decisions[row.id];
@@ -161,7 +150,7 @@ function save() {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (isTyping(event)) return;
   const row = state.shown[state.page * PAGE_ROWS + state.current];
   if (event.key === "j") move(1);
   else if (event.key === "k") move(-1);

@@ -173,4 +173,4 @@ def _text(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list):
         return ", ".join(map(_text, value))
-    return str(value)
+    return str(value) if value != "" else "(empty)"

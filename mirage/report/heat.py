@@ -33,8 +33,8 @@ class HeatMap:
     """Name, whether it is a sub-category, cells."""
 
 
-def heat_map(column: Column, reference: Column) -> HeatMap:
-    """Of the tasks that have more than one category."""
+def heat_map(column: Column, reference: Column, *, with_subs: bool = True) -> HeatMap:
+    """Of the tasks that have more than one category; `with_subs` adds sub-categories."""
     results, first = column.evaluation.results, reference.evaluation.results
     tasks = [task for task, result in results.tasks.items() if len(result.by_category) > 1 and result.rates]
     heads = tuple((task, headline(task, results.tasks[task])) for task in tasks)
@@ -44,7 +44,7 @@ def heat_map(column: Column, reference: Column) -> HeatMap:
     for category in categories:
         own = [sub for sub in subs if sub.startswith(f"{category} / ")]
         # A category's only sub-category would repeat its line.
-        names = [(category, False), *((sub, True) for sub in own if len(own) > 1)]
+        names = [(category, False), *((sub, True) for sub in own if with_subs and len(own) > 1)]
         for name, is_sub in names:
             cells = []
             for task, metric in heads:
@@ -69,7 +69,7 @@ def _cell(task: str, metric: str, group: Group | None, before: Group | None) -> 
 
 
 def heat_maps(columns: Sequence[Column]) -> list[HeatMap]:
-    """Of every column but a reference that others are compared with."""
+    """Of every column but a reference that others are compared with; sub-categories where there is one map."""
     shown = columns[1:] if len(columns) > 1 else columns
-    found = [heat_map(column, columns[0]) for column in shown]
+    found = [heat_map(column, columns[0], with_subs=len(shown) == 1) for column in shown]
     return [item for item in found if item.heads and item.rows]

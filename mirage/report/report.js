@@ -1,4 +1,3 @@
-"use strict";
 // The sample browser: a list that draws only the rows in sight, and a sample with two evaluations' answers.
 const data = readData("samples-data");
 const pictures = readData("pictures-data");
@@ -45,6 +44,11 @@ function isHit(sample, hits) {
     return cell && (hits.answers[cell[ANSWER]] || hits.strings[cell[REASON]]);
   });
 }
+function fitsChange(sample) {
+  if (state.change === "verdict") return changed(sample);
+  if (state.change === "answer") return answerChanged(sample);
+  return state.change !== "same" || (flipOf(sample) && !changed(sample));
+}
 function apply() {
   const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
   const hits = words.length ? searchHits(words) : null;
@@ -52,9 +56,7 @@ function apply() {
     (!state.task || say(sample[TASK]) === state.task) &&
     (!state.category || say(sample[CATEGORY]) === state.category || say(sample[CATEGORY]) + " / " + say(sample[SUB]) === state.category) &&
     (!state.verdict || (verdictOf(sample, state.right) !== null && say(verdictOf(sample, state.right)) === state.verdict)) &&
-    (state.change !== "verdict" || changed(sample)) &&
-    (state.change !== "answer" || answerChanged(sample)) &&
-    (state.change !== "same" || (flipOf(sample) && !changed(sample))) &&
+    (state.left === state.right || fitsChange(sample)) &&
     (!hits || isHit(sample, hits)));
   drawFlips(matching);
   state.shown = state.flip ? matching.filter((sample) => flipOf(sample) === state.flip) : matching;

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageOps
 from rich import box
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mirage.config.loader import recipe_hash
+from mirage.pages.document import page
 from mirage.training.checkpoint import write_atomic
 from mirage.training.inspection import InspectedSample, InspectedStep, Inspection
 
@@ -25,46 +27,39 @@ PAGE_FILE, SHEET_FILE = "index.html", "tiles.png"
 _SHOWN_EDGE = 112
 _SHEET_MIN_COLUMNS, _SHEET_COLUMNS = 4, 10
 
-_TEMPLATE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ name }}: before the run</title><style>
-:root { --ink: #1d2430; --soft: #5b6675; --line: #dde2e8; --taught: #cdeccf; --asked: #f1f3f5; --image: #d6e4fb; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-h3 { font-size: .95rem; margin: 1.4rem 0 .3rem; font-weight: 600 }
-.soft { color: var(--soft); font-size: .85rem } code { font-size: .85rem; overflow-wrap: anywhere }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .2rem .8rem .2rem 0;
- border-bottom: 1px solid var(--line); text-align: right } td:first-child, th:first-child { text-align: left }
-.tokens { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+_STYLE = """
+main { max-width: 1080px }
+.tokens { font: 13px/1.9 ui-monospace, SFMono-Regular, Menlo, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
  border: 1px solid var(--line); border-radius: 6px; padding: .6rem }
 .tokens span { border-radius: 3px; padding: 2px 1px; margin-right: 1px }
-.prompt { background: var(--asked) } .supervised { background: var(--taught) } .image { background: var(--image) }
-.tiles { display: inline-block; margin: 0 .8rem .3rem 0 }
-.tiles img { width: {{ edge }}px; margin: 2px; border: 1px solid var(--line); vertical-align: top }
-.bar { display: inline-block; height: .7rem; background: #7aa7e8; border-radius: 2px; vertical-align: middle }
-.room { display: inline-block; width: 160px; background: var(--asked); border-radius: 2px; line-height: .7rem;
- text-align: left }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa5b3; --line: #39414c; --taught: #23502b;
- --asked: #2a313a; --image: #22406e } body { background: #15191f } }
-</style></head><body>
+.prompt { background: var(--panel) } .supervised { background: var(--reply) } .image { background: var(--perceive) }
+.tiles { display: inline-block; margin: 0 .8rem .3rem 0; max-width: 100% }
+.tiles img { width: 112px; margin: 2px; border: 1px solid var(--line); background: var(--paper); vertical-align: top }
+.room { width: 160px; height: 11px; vertical-align: middle } .room .whole { fill: var(--line) }
+.room .used { fill: var(--accent) }
+"""
+
+_TEMPLATE = """\
+<main>
 <h1>{{ name }}</h1>
 <p class="soft">Recipe {{ hash }}. Weights: <code>{{ base }}</code>. What the run would do, before it does it.</p>
 
 <h2>What is trained and saved</h2>
-<table><tr><th>part</th><th>parameters</th><th>trained</th><th>adapters</th><th>saved</th></tr>
+<div class="wide"><table><tr><th>part</th><th>parameters</th><th>trained</th><th>adapters</th><th>saved</th></tr>
 {% for part in parts %}<tr><td>{{ part.part }}</td><td>{{ part.total | count }}</td><td>{{ part.trained | count }}</td>
 <td>{{ part.adapters | count }}</td><td>{{ part.saved | count }}</td></tr>{% endfor %}
-<tr><th>all</th>{% for number in totals %}<th>{{ number | count }}</th>{% endfor %}</tr></table>
+<tr><th>all</th>{% for number in totals %}<th>{{ number | count }}</th>{% endfor %}</tr></table></div>
 <p>A checkpoint holds {{ saved_as }}.</p>
 {% if lora_modules %}<details><summary>{{ lora_modules | length }} layers get adapters</summary>
 <p>{% for module in lora_modules %}<code>{{ module }}</code><br>{% endfor %}</p></details>{% endif %}
 
 <h2>Preprocessing</h2>
-<table>{% for key, value in preprocessing.items() %}<tr><td>{{ key }}</td>
-<td><code>{{ value | tojson }}</code></td></tr>{% endfor %}</table>
+<div class="wide"><table>{% for key, value in preprocessing.items() %}<tr><td>{{ key }}</td>
+<td><code>{{ value | tojson }}</code></td></tr>{% endfor %}</table></div>
 
 <h2>Lengths</h2>
-<table>{% for label, value in lengths %}<tr><td>{{ label }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
+<div class="wide"><table>{% for label, value in lengths %}<tr><td>{{ label }}</td><td>{{ value }}</td></tr>{% endfor %}
+</table></div>
 {% if left_out %}<details><summary>{{ left_out | length }} rows left out</summary>
 <p>{% for line in left_out %}{{ line }}<br>{% endfor %}</p></details>{% endif %}
 
@@ -74,9 +69,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th {
 waits.</p>
 {% for step in steps %}<h3>Step {{ step.number }}: {{ step.num_samples }} samples, {{ percent(step.fill) }} full,
 balance {{ "%.2f" | format(step.imbalance) }}</h3>
-<table>{% for micro in step.row_tokens %}<tr><td>pack {{ loop.index }}</td>{% for tokens in micro %}
-<td><span class="room"><span class="bar" style="width: {{ 160 * tokens // pack_tokens }}px"></span></span>
-{{ tokens | count }}</td>{% endfor %}</tr>{% endfor %}</table>{% endfor %}
+<div class="wide"><table>{% for micro in step.row_tokens %}<tr><td>pack {{ loop.index }}</td>{% for tokens in micro %}
+<td><svg class="room" viewBox="0 0 160 11" aria-hidden="true"><rect class="whole" width="160" height="11" rx="2"/>
+<rect class="used" width="{{ 160 * tokens // pack_tokens }}" height="11" rx="2"/></svg> {{ tokens | count }}</td>
+{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
 
 <h2>The first samples</h2>
 <p><span class="supervised">learnt</span> <span class="prompt">prompt, not learnt</span>
@@ -91,7 +87,7 @@ title="picture {{ loop.index }}: {{ tile.width }} x {{ tile.height }}" src="{{ t
 {% endfor %}<div class="tokens">{% for token in sample.tokens -%}
 <span class="{{ token.kind }}">{{ token.text | visible }}
 {%- if token.kind == "image" %} ×{{ token.count }}{% endif %}</span>{% endfor %}</div>{% endfor %}
-</body></html>
+</main>
 """
 
 
@@ -112,11 +108,10 @@ def render_page(inspection: Inspection) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     for name, function in {"count": _count, "data_uri": _data_uri, "visible": _visible}.items():
         environment.filters[name] = function
-    return environment.from_string(_TEMPLATE).render(
+    body = environment.from_string(_TEMPLATE).render(
         name=inspection.recipe.name,
         hash=recipe_hash(inspection.recipe),
         base=inspection.base,
-        edge=_SHOWN_EDGE,
         parts=inspection.parts,
         totals=_totals(inspection),
         saved_as=inspection.saved_as,
@@ -131,6 +126,7 @@ def render_page(inspection: Inspection) -> str:
         percent=_percent,
         samples=inspection.samples,
     )
+    return page(f"{inspection.recipe.name}: before the run", Markup(body), style=_STYLE)
 
 
 def contact_sheet(samples: Sequence[InspectedSample]) -> Image.Image:
