@@ -68,8 +68,8 @@ _LOWER = (
 )  # fmt: skip
 _HIGHER = (
     "rsr", "accuracy*", "circular*", "complied", "correct", "effective", "helped", "helped_right", "pair", "safe",
-    "safe_complied", "safe_effective", "safe_full_compliance", "safe_warned", "unsafe_aware", "unsafe_correct",
-    "unsafe_full_refusal", "vanilla", "win",
+    "safe_complied", "safe_correct", "safe_effective", "safe_full_compliance", "safe_warned", "unsafe_aware",
+    "unsafe_correct", "unsafe_full_refusal", "vanilla", "win",
 )  # fmt: skip
 
 
