@@ -41,13 +41,15 @@ def main(args: list[str] | None = None) -> int:
     prepare_process(recipe)
 
     from mirage.evals.hook import EvalCallback
+    from mirage.report.callback import ReportCallback
     from mirage.tracking.callback import TrackingCallback
     from mirage.tracking.run_console import ConsoleCallback
     from mirage.training.export_callback import ExportCallback
     from mirage.training.ledger import LedgerCallback
     from mirage.training.trainer import Trainer
 
-    Trainer(recipe, [ConsoleCallback(), TrackingCallback(), LedgerCallback(), EvalCallback(), ExportCallback()]).fit()
+    callbacks = [ConsoleCallback(), TrackingCallback(), LedgerCallback(), EvalCallback(), ExportCallback()]
+    Trainer(recipe, [*callbacks, ReportCallback()]).fit()
     return 0
 
 

@@ -19,6 +19,7 @@ from mirage.errors import UserError
 from mirage.evals.hook import log_finished, run_job
 from mirage.evals.results import read_results
 from mirage.evals.schedule import Job, all_jobs, claimed, open_jobs, read_job, results_dir
+from mirage.report.callback import report_run
 from mirage.tracking.console import Terminal
 from mirage.tracking.run import Tracker
 
@@ -133,5 +134,6 @@ def _log_after_training(run_dir: Path, recipe: Recipe, console: Terminal) -> Non
                 log_finished(run_dir, tracker, console, config=recipe.eval)
             finally:
                 tracker.close()
+            report_run(run_dir, console)
     except Timeout:
         console.say("the run is training and logs these results at its next checkpoint")

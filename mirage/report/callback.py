@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mirage.errors import UserError
-from mirage.tracking.console import make_console
+from mirage.tracking.console import Terminal, make_console
 from mirage.training.callbacks import Callback
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mirage.training.trainer import Trainer
 
 
@@ -24,7 +22,7 @@ class ReportCallback(Callback):
             report_run(trainer.run_dir, make_console(trainer.recipe.tracking.console))
 
 
-def report_run(run_dir: Path, console: Console) -> None:
+def report_run(run_dir: Path, console: Terminal) -> None:
     """Write a run's report and say where it is; where it cannot be written, say why and how to try again."""
     if next((run_dir / "evals").glob("step-*/results.json"), None) is None:
         return
@@ -34,6 +32,7 @@ def report_run(run_dir: Path, console: Console) -> None:
         written = write_report([run_dir])
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        console.print(f"no report: {reason}; try again with `mirage report {run_dir}`", markup=False, soft_wrap=True)
+        console.error(f"no report: {reason}; try again with `mirage report {run_dir}`")
         return
-    console.print(f"report: {written.path} ({written.num_bytes / 1e6:.1f} MB)", markup=False, soft_wrap=True)
+    size = f"{written.num_bytes / 1e6:.1f} MB"
+    console.say(f"report: {written.path} ({size})", event="report", path=str(written.path), num_bytes=written.num_bytes)

@@ -21,7 +21,7 @@ _PICTURE = r"(?:images?|pictures?|photos?|photographs?)"
 _SEES = re.compile(
     rf"\b(?:first|second|third|fourth|last|other|one|both|these|left|right|the)\b.{{0,20}}\b{_PICTURE}\b.*"
     rf"\b(?:shows?|depicts?|displays?|contains?|features?|is|are|has|have)\b|^\W*{_PICTURE}[ -]?\d\b"
-    r"|\bthe question (?:names|is about|asks)\b",
+    r"|\bthe question (?:names|is about|asks)\b[^:]*$",
     re.IGNORECASE,
 )
 _RISKY = re.compile(

@@ -22,6 +22,7 @@ from mirage.models.registry import load_adapter
 from mirage.training.inspection import inspect_recipe
 from mirage.training.inspection_page import render_page
 from mirage.training.weights import find_base
+from tests.support.browser import browser_page
 from tests.support.dataset import write_dataset
 
 EVIL = '<script>alert("x")</script> & "ü𝄞'
@@ -121,6 +122,20 @@ def test_the_verb_writes_page_and_sheet(data: Path, tmp_path: Path, capsys: pyte
     assert str(out) in shown.replace("\n", "")
     first = (out / "index.html").read_bytes()
     assert dispatch(["inspect", *arguments]) == 0 and (out / "index.html").read_bytes() == first
+
+
+def test_the_page_opens_clean_and_fits_a_phone(data: Path, tmp_path: Path) -> None:
+    """No console error: its policy allows all that it does."""
+    recipe = load_recipe(settings(data, "tiny_internvl_mis"))
+    (tmp_path / "index.html").write_text(render_page(inspect_recipe(recipe, num_samples=4)), "utf-8")
+    with browser_page(width=375, height=812) as (page, errors):
+        page.goto((tmp_path / "index.html").as_uri())
+        assert (
+            page.evaluate("[...document.images].every(image => image.naturalWidth > 0)") and page.locator("img").count()
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
+        assert page.evaluate("[...document.querySelectorAll('.used')].every(bar => bar.getBBox().width > 0)")
+        assert not errors
 
 
 @pytest.mark.parametrize("wrong, message", [("samples=0", "samples=0"), ("steps=x", "steps=x"), ("gpus=-1", "gpus=-1")])

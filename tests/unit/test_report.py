@@ -15,6 +15,7 @@ from mirage import cli
 from mirage.errors import UserError
 from mirage.evals.metrics import Paired
 from mirage.report.browser import MAX_SETS, answer_sets, browse
+from mirage.report.callback import report_run
 from mirage.report.charts import MAX_POINTS, Point, Series, chart, number_text, thin_out
 from mirage.report.comparison import columns_of, lines_of, outcome_of
 from mirage.report.figures import mean_rate, pareto_charts, shared_rates
@@ -23,6 +24,7 @@ from mirage.report.page import write_report
 from mirage.report.run_folder import read_runs, short_names
 from mirage.report.segments import cut_answer
 from mirage.report.words import summarise, what_was_trained
+from mirage.tracking.console import make_console
 from tests.support.evaluations import labels, write_evaluation
 
 REASONED = (
@@ -457,3 +459,26 @@ def test_several_runs_as_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.dispatch(["report", str(one), str(two), "--markdown"]) == 0
     shown = capsys.readouterr().out
     assert "**two, step 120 against one, step 120**" in shown and shown.count("| task | metric, % |") == 2
+
+
+# The end of a run
+
+
+def test_a_run_ends_with_its_report_and_survives_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = make_console("plain")
+    report_run(tmp_path, console)
+    assert not (tmp_path / "report.html").exists(), "nothing was evaluated"
+    folder = make_run(tmp_path / "run")
+    report_run(folder, console)
+    assert (folder / "report.html").is_file()
+    damage(folder, "summary.json", "{")
+    report_run(folder, console)
+    said = "".join(capsys.readouterr())
+    assert f"report: {folder / 'report.html'}" in said
+    assert "no report: " in said and f"try again with `mirage report {folder}`" in said
+
+
+def test_training_ends_with_the_report() -> None:
+    """After the callbacks whose work it shows."""
+    source = (Path(cli.__file__).parent / "train.py").read_text("utf-8")
+    assert source.index("ExportCallback()]") < source.index("ReportCallback()]")
