@@ -67,7 +67,9 @@ class TrackingCallback(Callback):
         # None when the run ended before its start: a mistake in the data, a folder in use.
         if self._tracker:
             if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
-                self._tracker.alert(stop_alert(error, step=trainer.step))
+                alert = stop_alert(error, step=trainer.step)
+                if self._tracker.config.alerts.not_finite or not alert.key.startswith("not finite"):
+                    self._tracker.alert(alert)
             self._tracker.close(exit_code=0 if error is None else 1)
 
     def _log_what_is_used(self, trainer: Trainer) -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 
 import pytest
 
+from mirage.config.schema import EvalConfig
+from mirage.tracking.dashboard import dashboard_tasks
+from mirage.tracking.dashboard_cli import definition_json
+from mirage.tracking.names import describe_metric
 from tests.integration.test_train_resume import command, losses, run, weights
+from tests.support.dashboards import asked_names
 
 
 def test_parts_checkpoints_and_profile_of_a_run(tmp_path, repo_root, shapes):
@@ -27,6 +33,15 @@ def test_parts_checkpoints_and_profile_of_a_run(tmp_path, repo_root, shapes):
         assert 0 < line["train/pack_fill"] <= 1 and 0 <= line["train/attention_padding_share"] < 1
     # Checkpoints follow steps 2 and 4: the next step tells what they took.
     assert [line["step"] for line in steps if "train/checkpoint_seconds" in line] == [3, 5]
+
+    # What the dashboard's panels of training, data and speed name is what a run logs, and all of it is described.
+    logged = {name for line in steps for name in line} | set(json.loads((run_dir / "summary.json").read_text()))
+    text = definition_json(entity="e", project="p", tasks=dashboard_tasks(["general"]), config=EvalConfig())
+    names, patterns = asked_names(json.loads(text)["workspace"])
+    asked = {name for name in names if name.startswith(("train/", "data/"))} - {"train/step"}
+    assert len(asked) > 20 and asked <= logged, sorted(asked - logged)
+    assert all(any(re.search(pattern, name) for name in logged) for pattern in patterns if "train" in pattern)
+    assert [name for name in logged if name.startswith("train/") and describe_metric(name) is None] == []
 
     (trace,) = (run_dir / "profile").glob("*.json.gz")
     assert trace.name == "steps-000004-000006-rank0.trace.json.gz" and str(trace) in output

@@ -39,7 +39,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, shapes: Path, repo_root: P
     (base / "config.json").write_text('{"model_type": "internvl"}')
     for kill_after in KILLS:
         command = [sys.executable, "-m", "tests.support.tracked_run", folder / "run", shapes, base, kill_after]
-        done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300)
         assert done.returncode == (-signal.SIGKILL if kill_after else 0), done.stderr
     return folder / "run"
 
