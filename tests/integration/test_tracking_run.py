@@ -204,13 +204,12 @@ def test_summary_and_configuration_stand_for_the_run(files: list[list[dict[str, 
         assert set(config["code"]) == {"version", "commit", "dirty"}
 
 
-def test_wandb_is_told_what_stands_for_the_run(files: list[list[dict[str, Any]]]) -> None:
-    for one in files:
-        metrics = [record["metric"] for record in one if record["type"] == "metric"]
-        axes = {metric["glob_name"]: metric.get("step_metric") for metric in metrics if "glob_name" in metric}
-        assert axes == {"train/*": "train/step", "eval/*": "eval/step", "samples/*": "eval/step"}
-        best = {metric["name"]: set(metric["summary"]) for metric in metrics if "summary" in metric}
-        assert best["train/loss"] == {"min", "last"}
+def test_wandb_is_told_what_stands_for_the_run(records: list[dict[str, Any]]) -> None:
+    metrics = [record["metric"] for record in records if record["type"] == "metric"]
+    axes = {metric["glob_name"]: metric.get("step_metric") for metric in metrics if "glob_name" in metric}
+    assert axes == {"train/*": "train/step", "eval/*": "eval/step", "samples/*": "eval/step"}
+    best = {metric["name"]: set(metric["summary"]) for metric in metrics if "summary" in metric}
+    assert best["train/loss"] == {"min", "last"}
     assert best["eval/mis_hard/asr"] == {"min", "last"} and best["eval/general/accuracy"] == {"max", "last"}
     assert "train/lr" not in best
 
