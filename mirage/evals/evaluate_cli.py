@@ -18,6 +18,7 @@ from mirage.evals.request import decide_request
 from mirage.evals.results import RESULTS_FILE, read_results
 from mirage.evals.schedule import leased
 from mirage.evals.show_results import show_results
+from mirage.model_card.write import refresh_cards_of
 from mirage.models.registry import find_weights, known_family, load_adapter
 from mirage.models.shipped import PREFIX, find_shipped
 from mirage.tracking.console import console_mode, make_console
@@ -82,6 +83,8 @@ def run(path: str | Path, settings: Sequence[str] = ()) -> int:
             console=console,
         )
     assert results is not None
+    if run_dir is not None:
+        refresh_cards_of(run_dir, console)
     show_results(console, results, file=out_dir / RESULTS_FILE, before=read_results(baseline) if baseline else None)
     return 0
 

@@ -30,6 +30,7 @@ from mirage.evals.schedule import (
 from mirage.evals.show_results import show_results
 from mirage.evals.tracked import log_evaluation, log_what_is_missing
 from mirage.files import write_atomic
+from mirage.model_card.write import refresh_cards_of
 from mirage.tracking.console import Terminal, make_console
 from mirage.tracking.run import Tracker
 from mirage.training.callbacks import Callback
@@ -185,6 +186,9 @@ def run_job(
         ended = Job(job.step, job.tier, "done")
     if rank == 0:
         settle(run_dir, ended)
+        if ended.state == "done":
+            # A worker, or a deferred evaluation, may end after the export whose card reports it.
+            refresh_cards_of(run_dir, console)
     if console is not None and ended.state == "failed":
         console.error(
             f"evaluation of step {job.step} failed: the checkpoint is kept, and it is tried again when the run or "

@@ -82,8 +82,8 @@ class Terminal(Console):
     def error(self, text: str, **fields: Any) -> None:
         """What went wrong though the command goes on; said in every mode."""
         self.emit("error", message=text, **fields)
-        console = Console(stderr=True, highlight=False, force_terminal=self.is_live)
-        console.print(text, markup=False, soft_wrap=True, style="red")
+        # Not by a console of rich's: it would write across live lines, which stand aside for what Python prints.
+        print(text, file=sys.stderr, flush=True)
 
     def emit(self, event: str, **fields: Any) -> None:
         """A JSON line in JSON mode, nothing in the others."""

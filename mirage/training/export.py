@@ -35,6 +35,7 @@ def save_model(
         prefix = "base_model.model."
         state = {f"{prefix}{name}": tensor for name, tensor in state.items()}
         peft_model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        # peft's template of a card; the real one is written when its results are there (mirage.model_card).
         (folder / "README.md").unlink(missing_ok=True)
     else:
         model.save_pretrained(folder, state_dict=state)

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mirage.files import write_atomic
+from mirage.model_card.write import (
+    CARD_FILE,
+    EXPORT_DIR,
+    SUMMARY_FILE,
+    refresh_cards_of,
+    tell_no_card,
+    write_run_cards,
+)
 from mirage.models import load_model
 from mirage.models.export_gate import ExportError, check_export
 from mirage.models.internvl_checkpoint import ORIGINALS, convert
@@ -23,16 +31,14 @@ from mirage.training.export_prompt import TOLERANCES, export_prompt, logits_of
 if TYPE_CHECKING:
     from mirage.training.trainer import Trainer
 
-EXPORT_DIR = "export"
-SUMMARY_FILE = "export.json"
-
 
 class ExportCallback(Callback):
     """Fills `run_dir/export` after the last checkpoint, and stops the run with an error if an export is not the model.
 
     `native` is a link to the checkpoint's `model/` (full weights or adapter). A run in full on a model that came in
     the published InternVL layout gets `published` beside it. Each is reloaded by plain transformers (and peft) on the
-    CPU and compared with the weights in memory on one short prompt; the summary is `export.json`.
+    CPU and compared with the weights in memory on one short prompt; the summary is `export.json`, the model card
+    `README.md`. Evaluations that end later write the card anew.
     """
 
     def on_end(self, trainer: Trainer) -> None:
@@ -40,6 +46,8 @@ class ExportCallback(Callback):
         checkpoint = ready_checkpoints(trainer.run_dir)[-1]
         folder = trainer.run_dir / EXPORT_DIR
         if _is_done(folder, checkpoint):
+            if trainer.is_main:
+                refresh_cards_of(trainer.run_dir, make_console(trainer.recipe.tracking.console))
             return
         inputs = export_prompt(trainer.adapter, dtype=trainer.model.dtype)
         reference = logits_of(trainer.engine.module.hf, inputs, device=trainer.device)
@@ -48,6 +56,7 @@ class ExportCallback(Callback):
             try:
                 with outside_training():
                     _export(trainer, checkpoint, folder, inputs, reference)
+                    _write_cards(trainer, checkpoint)
             except Exception as raised:  # the other ranks wait below and must hear of any failure
                 error = raised
         # One sum that all ranks take part in, so that none waits for a rank that has failed.
@@ -56,6 +65,17 @@ class ExportCallback(Callback):
             raise error
         if failed:
             raise ExportError("the first rank could not export the trained model; its message says why")
+
+
+def _write_cards(trainer: Trainer, checkpoint: Path) -> None:
+    """The model card. The run's work is done by now, and a card that cannot be written does not undo it."""
+    console = make_console(trainer.recipe.tracking.console)
+    try:
+        write_run_cards(trainer, checkpoint)
+    except Exception as error:
+        tell_no_card(error, console)
+    else:
+        console.say(f"model card: {trainer.run_dir / EXPORT_DIR / CARD_FILE}", event="model_card")
 
 
 def _is_done(folder: Path, checkpoint: Path) -> bool:

@@ -12,6 +12,8 @@ import torch
 from transformers import AutoConfig
 
 from mirage.errors import UserError
+from mirage.model_card.render import Form
+from mirage.model_card.write import write_export_card
 from mirage.models.adapter import ModelAdapter
 from mirage.models.export_gate import ADAPTER_FILE, ExportError, check_export
 from mirage.models.internvl_checkpoint import Layout, convert, copy_published_files
@@ -26,7 +28,7 @@ def export(checkpoint: Path, dst: Path, *, layout: Layout = "native", merge: boo
     `merge` adds a LoRA adapter's update to its base model's weights, in the base's own type. What is written is
     reloaded in plain transformers (and peft); returns the largest difference of its logits over the largest logit.
     `dst` appears whole or not at all. Raises `UserError` for what the user can mend and `ExportError` when the written
-    folder is not the model.
+    folder is not the model. Its model card, `README.md`, has the results that are there by now.
     """
     ready = ready_checkpoints(checkpoint) if checkpoint.is_dir() else []
     source = find_weights(ready[-1] if ready else checkpoint)
@@ -59,6 +61,8 @@ def export(checkpoint: Path, dst: Path, *, layout: Layout = "native", merge: boo
         difference = check_export(
             partial, inputs=inputs, reference_logits=reference, base=base, tolerance=TOLERANCES[dtype], dtype=dtype
         )
+        form: Form = "published" if layout == "published" else "merged" if merge else "native"
+        write_export_card(partial, source, form=form, difference=difference)
         partial.rename(dst)
     except OSError as error:
         raise UserError(f"{dst}: cannot be written ({error.strerror or error})") from error

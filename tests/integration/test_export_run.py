@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText
 
 from mirage.cli import dispatch
@@ -51,6 +52,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.name != "expected_ids.json":
             shutil.copyfile(path, folder / path.name)
     (folder / "LICENSE").write_text("MIT\n")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# published by somebody\n")
     return folder
 
 
@@ -104,6 +106,13 @@ def test_a_run_on_a_published_model_ends_with_both_layouts(full_run: Path, publi
         assert (export / "published" / name).read_bytes() == (published / name).read_bytes()
     # The tensors of the published model, no more and no fewer.
     assert TensorFolder(export / "published").info == TensorFolder(published).info
+    cards = {folder: ModelCard.load(export / folder / "README.md") for folder in (".", "native", "published")}
+    assert all(
+        "**Not evaluated.**" in card.text and "| hardware | 1 CPU process (" in card.text for card in cards.values()
+    )
+    assert cards["native"].data.license == "mit" and cards["native"].data.library_name == "transformers"
+    assert "has InternVL's published layout" in cards["published"].text
+    assert str(full_run.parent) not in cards["."].content and str(published) not in cards["."].content
 
 
 def test_an_export_that_cannot_be_written_stops_the_run(full_run: Path, train: Any, tmp_path: Path) -> None:
@@ -151,6 +160,10 @@ def test_adapter_run_exports_adapter_and_merged_weights(train: Any, tmp_path: Pa
     assert (plain_logits(tmp_path / "back", inputs) - ours).abs().max() < 1e-4
     assert dispatch(["export", str(run_dir), str(copied)]) == 0
     assert (copied / "adapter_model.safetensors").exists()
+    libraries = [ModelCard.load(folder / "README.md").data.library_name for folder in (copied, merged, again)]
+    assert libraries == ["peft", "transformers", "transformers"]
+    assert (run_dir / "export" / "README.md").read_text().startswith("---\n")
+    assert (run_dir / "export" / "native" / "README.md").read_text().count("PeftModel") > 0
     with pytest.raises(UserError, match="holds an adapter, which has no published layout; add --merge"):
         dispatch(["export", str(run_dir), str(tmp_path / "x"), "--layout", "published"])
     with pytest.raises(UserError, match="holds full weights and no adapter"):

@@ -178,6 +178,14 @@ def test_a_live_line_in_a_terminal() -> None:
     assert console._live_lines is None
 
 
+def test_an_error_does_not_write_across_a_live_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console, out = terminal("rich", is_terminal=True)
+    with console.progress("steps", 10) as progress:
+        progress.advance(4)
+        console.error("the judge is down")
+    assert "the judge is down\n" in out.getvalue() and capsys.readouterr().err == ""
+
+
 def test_rich_falls_back_to_plain_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     clock = Clock()
