@@ -1,69 +1,72 @@
-"""Which part of a reasoned answer each sentence of a reply is: perceive, relate, risk or reply (paper, section 3.2)."""
+"""Cuts a reasoned answer into the four parts that MIRage teaches: perceive, relate, risk, reply; by rule, for reading.
+
+Generated text has no marks where one part ends. The cut follows the words, so it is right on answers of the taught form
+and a guess elsewhere; an answer that does not begin with what the pictures show is left whole. No number rests on it.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Literal
 
-from mirage.data.parts import SEGMENTS
-from mirage.evals import language
-from mirage.evals.language import read_reply
+from mirage.evals.language import DECLINES, read_reply
 
-_SENTENCE = re.compile(r"\s*\S.*?(?:[.!?][\"')*]*(?=\s|$)|(?=\n)|$)", re.DOTALL)
-_RISK = re.compile(
-    r"\b(?:risks?|risky|dangers?|dangerous|harm(?:ful|s)?|hazard\w*|unsafe|illegal|unlawful|threat\w*|injur\w*|"
-    r"lead to|result in|cause[sd]?|could be used|can be used|poison\w*)\b",
-    re.IGNORECASE,
-)
+Segment = Literal["perceive", "relate", "risk", "reply"]
+SEGMENTS: tuple[Segment, ...] = ("perceive", "relate", "risk", "reply")
+
+_ENDS = re.compile(r"(?<=[.!?])[\"')*]*\s+|\n+")
+_PICTURE = r"(?:images?|pictures?|photos?|photographs?)"
 _SEES = re.compile(
-    r"^\W*(?:the|this) (?:images?|pictures?|photos?|question) (?:shows?|depicts?|names?|is about|displays?)\b",
+    rf"\b(?:first|second|third|fourth|last|other|one|both|these|left|right|the)\b.{{0,20}}\b{_PICTURE}\b.*"
+    rf"\b(?:shows?|depicts?|displays?|contains?|features?|is|are|has|have)\b|^\W*{_PICTURE}[ -]?\d\b"
+    r"|\bthe question (?:names|is about|asks)\b[^:]*$",
     re.IGNORECASE,
 )
-_FIRST_PERSON = re.compile(r"^\W*(?:sorry|i|i'm|i’m|instead|please|you|we|let's|if you)\b", re.IGNORECASE)
-_PERCEIVE, _RELATE, _RISK_PART, _REPLY = range(len(SEGMENTS))
+_RISKY = re.compile(
+    r"\b(?:risks?|risky|dangers?|dangerous|hazards?|hazardous|harm(?:ful|s)?|unsafe|illegal|injur\w+|threat\w*"
+    r"|(?:could|can|may|might|would|will) (?:\w+ )?(?:lead|cause|result|end|start|turn))\b",
+    re.IGNORECASE,
+)
+_REPLIES = re.compile(
+    r"^\W*(?:so,? |therefore,? |for this reason,? |instead,? |however,? |please |but )?"
+    r"(?:you (?:can|could|should|may|might)\b|i(?:'m| am) (?:sorry|unable|not able)|sorry\b|sure\b|of course\b"
+    r"|i (?:can|could|would|will|must|recommend|suggest|advise|strongly)\b|i can't|i cannot|(?:please|instead)\b"
+    r"|here (?:is|are)\b)",
+    re.IGNORECASE,
+)
 
 
-def answer_parts(answer: str) -> list[tuple[str | None, str]]:
-    """The reply cut into (part, text), in order; the texts joined are the reply. None is text of no part.
-
-    A reading of the form that MIRage trains, for display only: it begins with what the images show, and each later part
-    follows the one before. A reply that does not begin so is one piece without a part.
-    """
-    found: list[tuple[int, str]] = []
-    part = _PERCEIVE
-    for sentence in _sentences(answer):
-        part = max(part, _part_of(sentence, part, is_first=not found))
-        if part and not found:
-            break
-        found.append((part, sentence))
-    if not found:
-        return [(None, answer)] if answer else []
-    merged: list[tuple[str | None, str]] = []
-    for number, text in found:
-        if merged and merged[-1][0] == SEGMENTS[number]:
-            merged[-1] = (SEGMENTS[number], merged[-1][1] + text)
-        else:
-            merged.append((SEGMENTS[number], text))
-    return merged
+def answer_parts(answer: str) -> list[tuple[Segment | None, str]]:
+    """The answer's parts in order; their texts joined are the answer. [(None, answer)] where it is not reasoned."""
+    pieces = _sentences(answer)
+    if not pieces or not _SEES.search(pieces[0]):
+        return [(None, answer)]
+    kinds: list[Segment] = []
+    for number, piece in enumerate(pieces):
+        kinds.append(_next(kinds[-1] if kinds else "perceive", piece, is_first=number == 0))
+    joined = groupby(zip(kinds, pieces, strict=True), key=lambda pair: pair[0])
+    return [(kind, "".join(piece for _, piece in group)) for kind, group in joined]
 
 
-def _sentences(answer: str) -> list[str]:
-    """Pieces that joined are the answer, white space and all."""
-    ends = [match.end() for match in _SENTENCE.finditer(answer)]
-    pieces = [answer[start:end] for start, end in zip([0, *ends], ends)]
-    if pieces and ends[-1] < len(answer):
-        pieces[-1] += answer[ends[-1] :]
-    return [piece for piece in pieces if piece]
-
-
-def _part_of(sentence: str, part: int, *, is_first: bool) -> int:
-    reading = read_reply(sentence)
-    sees = language.describes_images(reading) or _SEES.match(sentence) is not None
-    if part == _PERCEIVE and sees:
-        return _PERCEIVE
+def _next(before: Segment, sentence: str, *, is_first: bool) -> Segment:
+    """Parts come in one order: a sentence belongs to the part before it or to a later one."""
     if is_first:
-        return _REPLY
-    if language.declines(reading) or language.redirects(reading) or _FIRST_PERSON.match(sentence):
-        return _REPLY
-    if _RISK.search(sentence):
-        return _RISK_PART
-    return _REPLY if language.helps(reading) and not sees else max(part, _RELATE)
+        return "perceive"
+    place = SEGMENTS.index(before)
+    folded = read_reply(sentence).text
+    if before == "reply" or _REPLIES.search(folded) or DECLINES.search(folded):
+        return "reply"
+    if before == "risk" or _RISKY.search(sentence):
+        return "risk"
+    return "perceive" if place == 0 and _SEES.search(sentence) else "relate"
+
+
+def _sentences(text: str) -> Sequence[str]:
+    """Sentences with the space behind them, so that nothing is lost."""
+    found, start = [], 0
+    for match in _ENDS.finditer(text):
+        found.append(text[start : match.end()])
+        start = match.end()
+    return [*found, text[start:]] if start < len(text) else found

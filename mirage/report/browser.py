@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mirage.evals.answer_parts import SEGMENTS, answer_parts
 from mirage.pages.document import json_text
 from mirage.report.pictures import Thumbnails
 from mirage.report.run_folder import Evaluation, Run
-from mirage.report.segments import SEGMENTS, cut_answer
 
 MAX_SAMPLES = 12_000
 MAX_SETS = 8
@@ -163,6 +163,6 @@ def _cell(row: dict[str, Any] | None, strings: _Table, answers: _Table) -> list[
 def _answer(text: str, answers: _Table) -> int:
     if text in answers:
         return answers.add(text)
-    parts = cut_answer(text)
+    parts = answer_parts(text)
     flat = [item for kind, part in parts for item in (SEGMENTS.index(kind) if kind else -1, part)]
     return answers.add(text, text if len(parts) == 1 and parts[0][0] is None else flat)

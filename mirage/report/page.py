@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from mirage.errors import UserError
+from mirage.evals.answer_parts import answer_parts
 from mirage.evals.before_after import find_pairs
 from mirage.evals.results import Results
 from mirage.files import write_atomic
@@ -24,7 +25,6 @@ from mirage.report.figures import evaluation_charts, pareto_charts, training_cha
 from mirage.report.heat import heat_maps
 from mirage.report.roles import ROLES
 from mirage.report.run_folder import Run, read_runs
-from mirage.report.segments import cut_answer
 from mirage.report.words import Paragraph, judge_notices, p_text, summarise, what_was_trained
 
 REPORT_FILE = "report.html"
@@ -202,7 +202,7 @@ def _examples(columns: Sequence[Column], shown: Shown) -> list[dict[str, Any]]:
                     "title": column.label,
                     "verdict": row["verdict"],
                     "reason": row["reason"],
-                    "parts": cut_answer(row["answer"]),
+                    "parts": answer_parts(row["answer"]),
                 }
                 for column, row in zip(columns, (pair.before, pair.after))
             ],

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mirage import cli
 from mirage.errors import UserError
+from mirage.evals.answer_parts import answer_parts
 from mirage.evals.metrics import Paired
 from mirage.report.browser import MAX_SETS, answer_sets, browse
 from mirage.report.callback import report_run
@@ -22,7 +23,6 @@ from mirage.report.figures import mean_rate, pareto_charts, shared_rates
 from mirage.report.heat import heat_maps
 from mirage.report.page import write_report
 from mirage.report.run_folder import read_runs, short_names
-from mirage.report.segments import cut_answer
 from mirage.report.words import summarise, what_was_trained
 from mirage.tracking.console import make_console
 from tests.support.evaluations import labels, write_evaluation
@@ -227,7 +227,7 @@ def test_one_evaluation_claims_no_change(tmp_path: Path) -> None:
 
 
 def test_a_reasoned_answer_is_cut_and_nothing_is_lost() -> None:
-    parts = cut_answer(REASONED)
+    parts = answer_parts(REASONED)
     assert [kind for kind, _ in parts] == ["perceive", "relate", "risk", "reply"]
     assert "".join(text for _, text in parts) == REASONED
     assert parts[3][1].startswith("So I can't help")
@@ -237,12 +237,12 @@ def test_a_reasoned_answer_is_cut_and_nothing_is_lost() -> None:
     "answer", ["", "a candle", "Sure, you can use them together.", "I'm sorry, but I can't.", "\n\n"]
 )
 def test_other_answers_stay_whole(answer: str) -> None:
-    assert cut_answer(answer) == [(None, answer)]
+    assert answer_parts(answer) == [(None, answer)]
 
 
 def test_parts_never_go_back() -> None:
     text = "The first image shows a dog. You can feed it. The second image shows a risk of harm."
-    assert [kind for kind, _ in cut_answer(text)] == ["perceive", "reply"]
+    assert [kind for kind, _ in answer_parts(text)] == ["perceive", "reply"]
 
 
 # Drawings

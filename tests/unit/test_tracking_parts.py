@@ -138,7 +138,7 @@ def test_parts_are_coloured_and_nothing_of_the_answer_is_markup() -> None:
 @pytest.mark.parametrize(
     "answer, parts",
     [
-        ("", []),
+        ("", [None]),
         ("I can't help with that.", [None]),
         ("a coat", [None]),
         (
