@@ -30,6 +30,8 @@ class Sent:
     last_order: int = -1
     is_gone: bool = False
     """The run's files were removed, after `wandb sync` as a rule: nothing is taken for missing."""
+    empty: list[Path] = field(default_factory=list)
+    """Folders whose file a kill left without the record that names the run: `wandb sync` refuses them."""
     cut_short: list[Path] = field(default_factory=list)
     """Files of online runs that end without wandb's closing record: what they hold may not have been uploaded."""
 
@@ -45,12 +47,16 @@ class Sent:
 def read_sent(run_dir: Path, identity: str) -> Sent:
     """Read every file of the run `identity` in the run folder; damaged ends are passed over."""
     sent = Sent()
-    for path in sorted((run_dir / "wandb").glob(f"*run-*-{identity}/run-{identity}.wandb")):
-        ended = False
+    found = (run_dir / "wandb").glob(f"*run-*-{identity}/run-{identity}.wandb")
+    for path in sorted(path for path in found if path.parent.name.startswith(("run-", "offline-run-"))):
+        kinds = set()
         for record in read_records(path):
-            ended = ended or record.WhichOneof("record_type") == "exit"
+            kinds.add(record.WhichOneof("record_type"))
             _note(sent, record)
-        if not ended and path.parent.name.startswith("run-") and not path.with_name(f"{path.name}.synced").exists():
+        is_online, is_synced = path.parent.name.startswith("run-"), path.with_name(f"{path.name}.synced").exists()
+        if "run" not in kinds:
+            sent.empty.append(path.parent)
+        elif "exit" not in kinds and is_online and not is_synced:
             sent.cut_short.append(path.parent)
     return sent
 

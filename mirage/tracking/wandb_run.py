@@ -305,7 +305,11 @@ def _read_sent(run_dir: Path, identity: str, *, began: bool) -> Sent:
     if began and not any((run_dir / "wandb").glob(f"*run-*-{identity}")):
         return Sent(is_gone=True)
     try:
-        return read_sent(run_dir, identity)
+        sent = read_sent(run_dir, identity)
+        for folder in sent.empty:
+            # One of them among others, and `wandb sync` would send none.
+            folder.rename(folder.with_name(f"empty-{folder.name}"))
+        return sent
     except Exception as error:
         say(f"wandb's earlier files cannot be read ({_one_line(error)}); what a kill took from them stays missing")
         return Sent(is_gone=True)

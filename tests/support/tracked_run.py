@@ -4,7 +4,8 @@
 
 Twelve steps, a checkpoint and an evaluation every four. KILL_AFTER is `step-N` (right after that step's metrics),
 `checkpoint-N` (before its evaluation) or `eval-N` (right after that evaluation is logged): the process then kills
-itself, at once. Without it the run goes to its end. The same command again goes on from the last checkpoint.
+itself and wandb's process, at once. Without it the run goes to its end. The same command again goes on from the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
+
 from mirage.config.loader import load_recipe
 from mirage.evals.hook import log_finished
 from mirage.evals.schedule import Job, results_dir, settle
+from mirage.tracking import wandb_run
 from mirage.tracking.callback import TrackingCallback
 from mirage.tracking.console import make_console
 from mirage.training.checkpoint import checkpoint_name, checkpoint_step, publish, ready_checkpoints
@@ -63,6 +67,9 @@ def main(run_dir: Path, data_dir: Path, base_dir: Path, kill_after: str) -> None
         recipe=recipe, run_dir=run_dir, is_main=True, tracker=None, kernels={"attention": "eager (asked for)"},
         base=base_dir, step=max(trained, default=0), total_steps=NUM_STEPS,
     )  # fmt: skip
+    if kill_after.startswith("checkpoint"):
+        # Nothing of this process but whole blocks reaches wandb's file: what a kill takes then is certain.
+        wandb_run.FLUSH_SECONDS = 3600.0
     callback = TrackingCallback()
     callback.on_start(trainer)
     evaluate(trainer, data_dir, trainer.step, kill_after)
@@ -105,6 +112,8 @@ def evaluate(trainer: Any, data_dir: Path, step: int, kill_after: str) -> None:
 
 def kill_if(kill_after: str, moment: str) -> None:
     if kill_after == moment:
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mirage.config.schema import AlertsConfig, TrackingConfig
 from mirage.evals.answer_parts import answer_parts
+from mirage.tracking import wandb_run
 from mirage.tracking.alerts import Alert, AlertsFile, StepAlerts, stop_alert
 from mirage.tracking.artifacts import checkpoint_card, dataset_card, make_artifact, results_card
 from mirage.tracking.code_version import code_version
@@ -206,3 +207,17 @@ def test_numbers_are_known_by_axis_step_and_value(tmp_path: Path) -> None:
     assert not sent.holds("train", 1, {"train/loss": 0.5, "train/tokens": 3})
     assert sent.alerts == {("Something", "of note")} and sent.last_order == 0
     assert Sent(is_gone=True).holds("train", 9, {}) and Sent(is_gone=True).holds_table("samples/x", 9)
+
+
+def test_a_file_that_would_stop_the_sync_of_all_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "wandb_id").write_text("abc123\n")
+    folder = tmp_path / "wandb" / "offline-run-20260101_000000-abc123"
+    folder.mkdir(parents=True)
+    wandb_file(folder / "run-abc123.wandb", [])
+    sent = read_sent(tmp_path, "abc123")
+    assert sent.empty == [folder]
+    assert wandb_run._read_sent(tmp_path, "abc123", began=True).empty == [folder]
+    assert [path.name for path in (tmp_path / "wandb").iterdir()] == [f"empty-{folder.name}"]
+    again = wandb_run._read_sent(tmp_path, "abc123", began=True)
+    assert again.empty == [] and not again.is_gone, "what it lost is sent again"
+    assert wandb_run._read_sent(tmp_path, "other1", began=True).is_gone
