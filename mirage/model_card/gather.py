@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from mirage.model_card.facts import BaseFacts, CardFacts, DatasetFacts, SourceFa
 from mirage.model_card.text import name_of_path, without_paths
 from mirage.models.shipped import BASE_FILE, PREFIX, find_shipped
 from mirage.tracking.code_version import code_version
+from mirage.tracking.environment import hardware
 from mirage.tracking.mirror import MIRROR_NAME, read_metrics
 from mirage.tracking.redact import redact
 from mirage.training.checkpoint import NAME, READY
@@ -97,16 +97,6 @@ def count_parameters(folder: Path) -> int | None:
 def _lora(adapter: Mapping[str, Any]) -> dict[str, Any] | None:
     """Of an adapter without a recipe; the names of its layers are too many to list."""
     return {"rank": adapter.get("r"), "alpha": adapter.get("lora_alpha"), "targets": []} if adapter else None
-
-
-def hardware(device: Any, *, num_processes: int) -> str:
-    """Processes and what each ran on, without the machine's name."""
-    import torch
-
-    if device.type == "cuda":
-        gigabytes = torch.cuda.get_device_properties(device).total_memory / 1024**3
-        return f"{num_processes} x {torch.cuda.get_device_name(device)} ({gigabytes:.0f} GiB)"
-    return f"{num_processes} CPU process{'' if num_processes == 1 else 'es'} ({platform.machine()}), no GPU"
 
 
 def _code() -> str:

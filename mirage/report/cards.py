@@ -15,7 +15,7 @@ from mirage.tracking.redact import redact
 
 _MAX_CARD_CHARS = 60_000
 # Groups of the summary that say what a run ran on, with what.
-_ENVIRONMENT = ("kernels/", "environment/", "hardware/", "versions/", "software/")
+_ENVIRONMENT = ("hardware/", "versions/", "kernels/")
 
 
 @dataclass(frozen=True)

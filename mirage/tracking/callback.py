@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mirage.tracking.alerts import StepAlerts, stop_alert
 from mirage.tracking.artifacts import base_card, checkpoint_card, dataset_card
 from mirage.tracking.console import make_console
+from mirage.tracking.environment import environment
 from mirage.tracking.run import Tracker
 from mirage.training.callbacks import Callback
 from mirage.training.checkpoint import checkpoint_step, ready_checkpoints
@@ -41,7 +42,10 @@ class TrackingCallback(Callback):
         trainer.tracker = self._tracker
         self._alerts = StepAlerts(self._tracker.config.alerts)
         self._tracker.rewind(trainer.step)
-        self._tracker.summary({f"kernels/{part}": kernel for part, kernel in trainer.kernels.items()})
+        self._tracker.summary(
+            {f"kernels/{part}": kernel for part, kernel in trainer.kernels.items()}
+            | (environment(trainer.device, num_processes=trainer.world_size) if trainer.is_main else {})
+        )
         if self._tracker.wandb_id is not None:
             self._log_what_is_used(trainer)
             for checkpoint in ready_checkpoints(trainer.run_dir):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from mirage.config.schema import ModelConfig, Recipe, TrackingConfig
@@ -393,9 +394,15 @@ def test_redact_hides_by_name_shape_and_environment() -> None:
     }
 
 
+def main_trainer(run_dir: Path, **more: Any) -> Any:
+    """What the callback reads of a trainer."""
+    rank = {"is_main": True, "device": torch.device("cpu"), "world_size": 2}
+    return SimpleNamespace(**{"step": 0, "run_dir": run_dir, "kernels": {}} | rank | more)
+
+
 def test_callback_logs_steps_and_closes(tmp_path: Path) -> None:
     callback = TrackingCallback(open_tracker(tmp_path))
-    trainer: Any = SimpleNamespace(step=0, run_dir=tmp_path, kernels={"attention": "eager (asked for)"})
+    trainer = main_trainer(tmp_path, kernels={"attention": "eager (asked for)"})
     callback.on_start(trainer)
     for trainer.step in (1, 2):
         callback.on_step(trainer, {"train/loss": 2.0 / trainer.step})
@@ -403,7 +410,10 @@ def test_callback_logs_steps_and_closes(tmp_path: Path) -> None:
     callback.on_end(trainer)
     callback.on_close(trainer, None)
     assert [record["train/loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, 1.0]
-    assert json.loads((tmp_path / "summary.json").read_text()) == {
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary.pop("versions/torch") == torch.__version__
+    assert summary.pop("hardware/devices").startswith("2 CPU processes (")
+    assert {key: value for key, value in summary.items() if not key.startswith(("versions/", "hardware/"))} == {
         "kernels/attention": "eager (asked for)",
         "last/train/loss": 1.0,
         "steps": 2,
@@ -416,7 +426,7 @@ def test_callback_rewinds_to_the_resumed_step(tmp_path: Path) -> None:
         tracker.log({"loss": 1.0}, axis="train", step=step)
     tracker.close()
     callback = TrackingCallback(open_tracker(tmp_path))
-    trainer: Any = SimpleNamespace(step=2, run_dir=tmp_path, kernels={})
+    trainer = main_trainer(tmp_path, step=2)
     callback.on_start(trainer)
     callback.on_close(trainer, RuntimeError("x"))
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
@@ -424,7 +434,7 @@ def test_callback_rewinds_to_the_resumed_step(tmp_path: Path) -> None:
 
 def test_callback_opens_the_tracker_for_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Recipe(name="x", run_dir=tmp_path, model=ModelConfig(family="internvl"), tracking=OFF)
-    trainer: Any = SimpleNamespace(step=0, run_dir=tmp_path, recipe=recipe, is_main=True, tracker=None, kernels={})
+    trainer = main_trainer(tmp_path, recipe=recipe, tracker=None)
     callback = TrackingCallback()
     callback.on_close(trainer, RuntimeError("before the start"))
     callback.on_start(trainer)
