@@ -16,11 +16,12 @@ from mirage.errors import UserError
 from mirage.evals.evaluate import evaluate_checkpoint, finished_results, step_of
 from mirage.evals.request import decide_request
 from mirage.evals.results import RESULTS_FILE, read_results
-from mirage.evals.schedule import leased
+from mirage.evals.schedule import leased, results_dir
 from mirage.evals.show_results import show_results
 from mirage.model_card.write import refresh_cards_of
 from mirage.models.registry import find_weights, known_family, load_adapter
 from mirage.models.shipped import PREFIX, find_shipped
+from mirage.report.callback import report_run
 from mirage.tracking.console import console_mode, make_console
 from mirage.training.checkpoint import NAME, ready_checkpoints
 
@@ -86,6 +87,9 @@ def run(path: str | Path, settings: Sequence[str] = ()) -> int:
     if run_dir is not None:
         refresh_cards_of(run_dir, console)
     show_results(console, results, file=out_dir / RESULTS_FILE, before=read_results(baseline) if baseline else None)
+    step = step_of(checkpoint)
+    if run_dir is not None and step is not None and out_dir.absolute() == results_dir(run_dir.absolute(), step):
+        report_run(run_dir, console)
     return 0
 
 
@@ -157,7 +161,9 @@ def _default_out_dir(checkpoint: Path, run_dir: Path | None, key: str, *, usual:
     """The run's own folder for this step unless an evaluation with other settings lies there, or another engine's."""
     if run_dir is None:
         return checkpoint.parent / f"{checkpoint.name}-evals" / key[:12]
-    own = run_dir / "evals" / f"step-{step_of(checkpoint):06d}"
+    step = step_of(checkpoint)
+    assert step is not None, "a checkpoint of a run"
+    own = results_dir(run_dir, step)
     if usual and (not own.exists() or finished_results(own, key) is not None):
         return own
     return run_dir / "evals" / f"other-{checkpoint.name}-{key[:12]}"
