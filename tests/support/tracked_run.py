@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import torch
 
 from mirage.config.loader import load_recipe
 from mirage.evals.hook import log_finished
@@ -66,6 +67,7 @@ def main(run_dir: Path, data_dir: Path, base_dir: Path, kill_after: str) -> None
     trainer: Any = SimpleNamespace(
         recipe=recipe, run_dir=run_dir, is_main=True, tracker=None, kernels={"attention": "eager (asked for)"},
         base=base_dir, step=max(trained, default=0), total_steps=NUM_STEPS,
+        device=torch.device("cpu"), world_size=1,
     )  # fmt: skip
     if kill_after.startswith("checkpoint"):
         # Nothing of this process but whole blocks reaches wandb's file: what a kill takes then is certain.
