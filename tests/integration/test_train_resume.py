@@ -99,7 +99,7 @@ def _kill_tree(pid: int) -> None:
     ("recipe", "rates"),
     [
         ("tiny_internvl_mis", ["train.lr_groups.projector=2e-3", "train.lr_groups.embeddings=1e-4"]),
-        ("tiny_qwen2vl_mis_lora", ["train.lr_groups.lora=2e-3"]),
+        pytest.param("tiny_qwen2vl_mis_lora", ["train.lr_groups.lora=2e-3"], marks=pytest.mark.slow),
     ],
 )
 def test_killed_run_continues_to_the_same_bytes(tmp_path, repo_root, shapes, cache, recipe, rates):
