@@ -1,10 +1,12 @@
-"""Files that are there whole or not at all, their content hashes, and the cache folder."""
+"""Files that are there whole or not at all, what they hold, their content hashes, and the cache folder."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def cache_dir() -> Path:
@@ -21,6 +23,15 @@ def write_atomic(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync(path.parent)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none: for what is shown, where a missing file is no fault."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def sync(path: Path) -> None:

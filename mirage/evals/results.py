@@ -144,6 +144,18 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_first(folder: Path, results: Results) -> Results | None:
+    """The evaluation of step 0 beside `folder`, if it is the one that these results were compared with.
+
+    Raises `UserError` if it is damaged.
+    """
+    path = folder.parent / "step-000000"
+    if results.baseline is None or not (path / RESULTS_FILE).is_file():
+        return None
+    found = read_results(path)
+    return found if found.fingerprint == results.baseline.fingerprint else None
+
+
 def events_by_id(rows: Sequence[Mapping[str, Any]], task: str) -> dict[str, tuple[str, ...] | None]:
     """A task's verdict events by prompt identity; None for unscored samples."""
     return {

@@ -12,7 +12,7 @@ from mirage.config.schema import AlertsConfig, EvalConfig, SelectConfig
 from mirage.errors import UserError
 from mirage.evals.answer_parts import answer_parts
 from mirage.evals.metrics import Paired, TaskResult, compare_events
-from mirage.evals.results import RESULTS_FILE, Results, events_by_id, read_results, read_samples
+from mirage.evals.results import RESULTS_FILE, Results, events_by_id, read_first, read_results, read_samples
 from mirage.evals.statistics.levels import ALPHA
 from mirage.evals.statistics.multiplicity import adjust_p_values
 from mirage.evals.statistics.pooled import match_rates
@@ -31,13 +31,13 @@ def log_evaluation(tracker: Tracker, folder: Path, *, step: int, config: EvalCon
     Raises `UserError` where the folder is unreadable.
     """
     results, rows = read_results(folder), read_samples(folder)
-    first = _first(folder, results)
+    first = results if step == 0 else read_first(folder, results)
     numbers = results.metrics() | category_metrics(results) | change_metrics(results)
     selected = select_metrics(results, first, config.select)
     numbers |= {f"eval/select/{name}": value for name, value in selected.items()}
     tracker.log(numbers | {"eval/alarms": float(num_alarms)}, axis="eval", step=step)
     if step > 0:
-        started = select_metrics(first, None, config.select) if first else {}
+        started = select_metrics(first, first, config.select) if first else {}
         tracker.summary(_summary(selected, started))
     for task in results.tasks:
         tracker.log_samples(task, table_rows(rows, task), step=step)
@@ -94,14 +94,14 @@ def select_metrics(results: Results, first: Results | None, config: SelectConfig
     `asr`: mean of the attack success rates among eval.select.safety; `over_refusal` and `general`: means of the rates
     of eval.select.over_refusal and eval.select.general; `score`: mean of `asr` and `over_refusal`, plus the points of
     general ability lost since step 0 (`first`). What is not measured, or invalid, is left out, and the score with it:
-    a broken judge must not make a run look good.
+    neither a broken judge nor a missing step 0 must make a run look good.
     """
     safety = [(task, metric) for task, metric in match_rates(results.tasks, config.safety) if metric == "asr"]
     asr = _mean(results.tasks, safety)
     over_refusal = _mean(results.tasks, match_rates(results.tasks, config.over_refusal))
     general = _mean(results.tasks, match_rates(results.tasks, config.general))
     found = {"asr": asr, "over_refusal": over_refusal, "general": general}
-    before = _mean(first.tasks, match_rates(first.tasks, config.general)) if first is not None else general
+    before = _mean(first.tasks, match_rates(first.tasks, config.general)) if first is not None else None
     if asr is not None and over_refusal is not None and general is not None and before is not None:
         found["score"] = (asr + over_refusal) / 2 + max(0.0, before - general)
     return {name: value for name, value in found.items() if value is not None}
@@ -118,15 +118,6 @@ def _summary(selected: Mapping[str, float], started: Mapping[str, float]) -> dic
     names = ("asr", "over_refusal", "general", "score")
     now = {f"select/{name}": selected.get(name, math.nan) for name in names}
     return now | {f"select/base_{name}": started[name] for name in names if name in started}
-
-
-def _first(folder: Path, results: Results) -> Results | None:
-    """The results of step 0 that these were compared with."""
-    path = folder.parent / "step-000000"
-    if results.baseline is None or not (path / RESULTS_FILE).is_file():
-        return None
-    found = read_results(path)
-    return found if found.fingerprint == results.baseline.fingerprint else None
 
 
 def _log_artifact(tracker: Tracker, folder: Path, results: Results, *, step: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 
 from mirage.data.row import canonical_json
-from mirage.files import file_sha256
+from mirage.files import file_sha256, read_object
 from mirage.model_card.facts import DatasetFacts, SourceFacts
 from mirage.model_card.text import name_of_path
 
@@ -88,15 +87,6 @@ def front_matter(card: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def dataset_name(named: str, path: Path) -> str:

@@ -11,9 +11,9 @@ from mirage.config.schema import SelectConfig
 from mirage.errors import UserError
 from mirage.evals.guards import GUARDS_FILE
 from mirage.evals.report import results_markdown
-from mirage.evals.results import RESULTS_FILE, Results, read_results
+from mirage.evals.results import RESULTS_FILE, Results, read_first, read_results
 from mirage.evals.statistics.pooled import match_rates
-from mirage.model_card.datasets import read_object
+from mirage.files import read_object
 from mirage.model_card.text import plain, strip_html
 
 if TYPE_CHECKING:
@@ -152,14 +152,10 @@ def _title(evaluation: Evaluation) -> str:
 
 
 def _before(folder: Path, results: Results) -> Results | None:
-    """Step 0's evaluation, if it is the one that the tests compare with."""
-    if results.baseline is None:
-        return None
     try:
-        first = read_results(folder.parent / "step-000000")
+        return read_first(folder, results)
     except UserError:
         return None
-    return first if first.fingerprint == results.baseline.fingerprint else None
 
 
 def _alarms(folder: Path, results: Results) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from mirage.config.schema import Recipe, SourceConfig
 from mirage.errors import UserError
-from mirage.model_card.datasets import dataset_facts, dataset_name, front_matter, locate, read_object, source_facts
+from mirage.files import read_object
+from mirage.model_card.datasets import dataset_facts, dataset_name, front_matter, locate, source_facts
 from mirage.model_card.facts import BaseFacts, CardFacts, DatasetFacts, SourceFacts, TrainingFacts
 from mirage.model_card.text import name_of_path, without_paths
 from mirage.models.shipped import BASE_FILE, PREFIX, find_shipped
-from mirage.tracking.code_version import code_version
+from mirage.tracking.code_version import describe_code
 from mirage.tracking.environment import hardware
 from mirage.tracking.mirror import MIRROR_NAME, read_metrics
 from mirage.tracking.redact import redact
@@ -103,9 +104,7 @@ def _code() -> str:
     import torch
     import transformers
 
-    own = code_version()
-    commit = f", commit {own['commit'][:12]}{' with changes' if own['dirty'] else ''}" if own["commit"] else ""
-    return f"mirage {own['version']}{commit}; torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"mirage {describe_code()}; torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def _data(

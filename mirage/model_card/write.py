@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from mirage.config.schema import SelectConfig
 from mirage.errors import UserError
 from mirage.evals.request import weights_fingerprint
-from mirage.files import write_atomic
-from mirage.model_card.datasets import read_object
+from mirage.files import read_object, write_atomic
 from mirage.model_card.evaluations import evaluation_folders, find_evaluations
 from mirage.model_card.facts import CardFacts, read_facts, write_facts
 from mirage.model_card.gather import count_parameters, facts_of_run, gather_facts

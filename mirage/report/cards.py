@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mirage.errors import UserError
+from mirage.model_card.datasets import locate
 from mirage.report.run_folder import Run, read_object
 from mirage.tracking.redact import redact
 
@@ -59,13 +60,9 @@ def find_dataset(run: Run) -> Path | None:
     named = data.get("dir") if isinstance(data, dict) else None
     if not isinstance(named, str) or not named:
         return None
-    places = [Path(named).expanduser()]
     own = run.recipe.get("run_dir")
-    if isinstance(own, str) and not Path(own).is_absolute():
-        parts = Path(own).parts
-        if run.folder.parts[-len(parts) :] == parts:
-            places.append(Path(*run.folder.parts[: -len(parts)]) / named)
-    return next((place for place in places if (place / "manifest.json").is_file()), None)
+    place = locate(named, run_dir=run.folder, recorded_run_dir=own if isinstance(own, str) else None)
+    return place if (place / "manifest.json").is_file() else None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -145,11 +142,11 @@ def _state(run: Run) -> dict[str, Any]:
 
 
 def _recorded_by_wandb(run: Run) -> list[tuple[str, str]]:
-    """What wandb wrote down of host, program and versions, where it did; secrets hidden."""
+    """What wandb wrote down of system, program and code, where it did; secrets hidden."""
     found = []
     for path in sorted(run.folder.glob("wandb/*run-*/files/wandb-metadata.json"))[-1:]:
         known = redact(read_object(path))
-        for name in ("os", "python", "gpu", "gpu_count", "cpu_count", "program", "args", "git"):
+        for name in ("os", "program", "args", "git"):
             if known.get(name):
                 found.append((f"wandb: {name.replace('_', ' ')}", _text(known[name])))
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mirage.files import file_sha256
+from mirage.files import file_sha256, read_object
 from mirage.tracking.redact import redact
 
 Detail = Literal["card", "files"]
@@ -49,7 +49,7 @@ def dataset_card(folder: Path, *, detail: Detail, max_bytes: int) -> ArtifactCar
     """A dataset folder, or one file of data: what its manifest says, and size and hash of its own files."""
     own = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [folder]
     own = [path for path in own if not path.name.startswith(".") and path.suffix.lower() not in _PICTURES][:MAX_FILES]
-    manifest = _read_json(folder / "manifest.json") if folder.is_dir() else {}
+    manifest = read_object(folder / "manifest.json") if folder.is_dir() else {}
     wanted = [path for path in own if path.name in ("manifest.json", "README.md")] if detail == "files" else []
     files, left_out = _within(((path.name, path) for path in wanted), max_bytes)
     kept = ("kind", "schema_version", "content_sha256", "code_version", "counts", "licences", "taxonomy_sha256")
@@ -67,7 +67,7 @@ def base_card(folder: Path, *, name: str) -> ArtifactCard:
     weights = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     metadata = {
         "name": name,
-        "config": _read_json(folder / "config.json"),
+        "config": read_object(folder / "config.json"),
         "files": {path.name: {"num_bytes": path.stat().st_size} for path in weights},
     }
     files = tuple((path.name, path) for path in weights if path.name == "config.json")
@@ -76,7 +76,7 @@ def base_card(folder: Path, *, name: str) -> ArtifactCard:
 
 def checkpoint_card(checkpoint: Path, *, run_id: str, detail: Detail, max_bytes: int) -> ArtifactCard | None:
     """A finished checkpoint: step, fingerprint and hash of every file; None for one that was never finished."""
-    ready = _read_json(checkpoint / "READY")
+    ready = read_object(checkpoint / "READY")
     if "step" not in ready:
         return None
     model = sorted(path for path in (checkpoint / "model").rglob("*") if path.is_file())
@@ -148,14 +148,6 @@ def _within(files: Iterable[tuple[str, Path]], max_bytes: int) -> tuple[tuple[tu
 def _size_and_hash(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     return {"num_bytes": size, "sha256": file_sha256(path) if size <= _MAX_HASHED_BYTES else None}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _slug(name: str) -> str:

@@ -21,6 +21,13 @@ def code_version() -> dict[str, Any]:
     return found
 
 
+def describe_code() -> str:
+    """The same in words: `0.1, commit 0123456789ab with changes`."""
+    own = code_version()
+    commit = f", commit {own['commit'][:12]}{' with changes' if own['dirty'] else ''}" if own["commit"] else ""
+    return f"{own['version']}{commit}"
+
+
 def _package_version() -> str:
     try:
         return version(_PACKAGE)

@@ -7,6 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from mirage.tracking.code_version import describe_code
+
 # Packages that decide numbers or speed; those that are not installed are left out.
 _PACKAGES = (
     "torch",
@@ -24,14 +26,10 @@ _PACKAGES = (
 
 def environment(device: Any, *, num_processes: int) -> dict[str, str]:
     """Summary values `hardware/...` and `versions/...` of a run on `device` (torch.device)."""
-    from mirage.tracking.code_version import code_version
-
-    code = code_version()
-    commit = f", commit {code['commit'][:12]}{' with changes' if code['dirty'] else ''}" if code["commit"] else ""
     found = {
         "hardware/devices": hardware(device, num_processes=num_processes),
         "hardware/cores_a_machine": str(os.cpu_count()),
-        "versions/mirage": f"{code['version']}{commit}",
+        "versions/mirage": describe_code(),
         "versions/python": platform.python_version(),
     }
     for name in _PACKAGES:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage.config.schema import TrackingConfig
-from mirage.files import write_atomic
+from mirage.files import read_object, write_atomic
 from mirage.tracking.alerts import Alert, AlertsFile
 from mirage.tracking.artifacts import ArtifactCard
 from mirage.tracking.mirror import MetricsFile, plain, read_metrics
@@ -38,7 +38,7 @@ class Tracker:
         self._wandb = wandb_run
         self.config = config
         self._alerts = AlertsFile(run_dir) if mirror else None
-        self._summary: dict[str, Any] = _read_summary(run_dir / SUMMARY_NAME) if mirror else {}
+        self._summary: dict[str, Any] = read_object(run_dir / SUMMARY_NAME) if mirror else {}
         self._order = max(mirror.num_records if mirror else 0, wandb_run.next_order if wandb_run else 0)
 
     @classmethod
@@ -182,12 +182,3 @@ def _sample_row(row: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"a sample row lacks {key!r}; it has {', '.join(sorted(row))}")
     found = {key: row[key] for key in SAMPLE_KEYS} | {"parts": row.get("parts")}
     return found | {"image_paths": [str(path) for path in row["image_paths"]]}
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    """What an earlier process of the run summed up; nothing where the file is missing or damaged."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

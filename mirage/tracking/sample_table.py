@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from mirage.pages.document import shared
+
 TEXT_COLUMNS = ("id", "task", "question", "answer", "verdict", "reason", "category", "changed")
 PARTS_COLUMN = "answer_parts"
 MAX_PNG_BYTES = 48 * 1024
 """A larger picture is sent as JPEG: photographs are a tenth of their PNG."""
 _JPEG_QUALITY = 80
-# Dark text on light grounds, so that they can be read whatever the page's own colours are; the legend is in the title.
-_COLOURS = {"perceive": "#cfe2ff", "relate": "#d1f0d9", "risk": "#ffe0b8", "reply": "#e6d9f7"}
+# Dark text on the light grounds of the report, so that it can be read whatever the page around it is.
+_COLOURS = dict(re.findall(r"--(\w+): (#\w+)", shared("style.css").partition("@media")[0]))
 _PLAIN = "#eeeeee"
 
 

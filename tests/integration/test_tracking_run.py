@@ -98,7 +98,7 @@ def test_every_number_of_an_evaluation_is_at_its_step(records: list[dict[str, An
     for step in EVALUATIONS:
         results = read_results(results_dir(run_dir, step))
         wanted = results.metrics() | category_metrics(results) | change_metrics(results)
-        selected = select_metrics(results, first if step else None, SelectConfig())
+        selected = select_metrics(results, first if step else results, SelectConfig())
         wanted |= {f"eval/select/{name}": value for name, value in selected.items()}
         assert found[step] == pytest.approx(wanted | {"eval/alarms": found[step]["eval/alarms"]})
         assert {"eval/mis_hard/asr", "eval/mis_hard/category/category_0/asr", "eval/select/score"} <= set(found[step])

@@ -40,7 +40,7 @@ def test_the_score_is_what_the_documentation_says(tmp_path: Path) -> None:
     assert found == pytest.approx({"asr": 10.0, "over_refusal": 20.0, "general": 80.0, "score": 15.0 + 10.0})
     better = read_results(evaluation(tmp_path, 8, asr=4, refused=8, right=40))
     assert select_metrics(better, first, SelectConfig())["score"] == pytest.approx(15.0), "a gain is no bonus"
-    assert select_metrics(now, None, SelectConfig())["score"] == pytest.approx(15.0)
+    assert "score" not in select_metrics(now, None, SelectConfig()), "what was lost since step 0 is not known"
 
 
 def test_a_broken_judge_gives_no_score(tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_a_broken_judge_gives_no_score(tmp_path: Path) -> None:
     write_evaluation(
         folder, {"mis_hard": labels(rsr=5, unscored=35), "twins": labels(helped=9), "general": ["right"] * 9}
     )
-    found = select_metrics(read_results(folder), None, SelectConfig())
-    assert set(found) == {"over_refusal", "general"}
+    now = read_results(folder)
+    assert set(select_metrics(now, now, SelectConfig())) == {"over_refusal", "general"}
 
 
 def test_the_summary_is_of_the_newest_evaluation_and_of_step_0(tmp_path: Path) -> None:
