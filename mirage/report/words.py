@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from mirage.report.comparison import Cell, Column, Line, Outcome, outcome_of, p_value_of
 from mirage.report.roles import ROLES
 from mirage.report.run_folder import Run
+from mirage.tracking.mirror import is_finite
 
 Kind = Literal["better", "worse", "changed", "noise", "warning", "plain"]
 _KINDS: dict[Outcome, Kind] = {
@@ -215,15 +215,11 @@ def _doubts(column: Column) -> list[Sentence]:
 
 def _training_doubts(run: Run) -> list[Sentence]:
     """Logged steps whose loss is no number."""
-    broken = [record["step"] for record in run.training if not _is_finite(record.get("train/loss", 0.0))]
+    broken = [record["step"] for record in run.training if not is_finite(record.get("train/loss", 0.0))]
     if not broken:
         return []
     text = f"{run.name}: the loss of {len(broken):,} logged steps is no finite number, first at step {broken[0]:,}."
     return [Sentence(text, "warning")]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def judge_notices(columns: Sequence[Column]) -> list[str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from mirage.config.schema import AlertsConfig
+from mirage.tracking.mirror import is_finite
 from mirage.tracking.redact import redact
-from mirage.tracking.wandb_file import is_finite
 
 ALERTS_NAME = "alerts.jsonl"
 MAX_TITLE_CHARS = 64

@@ -112,6 +112,11 @@ def plain(value: Any) -> int | float | str | None:
     return number if math.isfinite(number) else str(number)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a metric's value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _cut_torn_tail(path: Path) -> None:
     if not path.exists():
         return

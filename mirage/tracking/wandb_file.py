@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -142,8 +141,3 @@ def _number(value: Any) -> Any:
     # wandb writes a number that JSON cannot hold as a text in some places and as a bare word in others.
     text = str(value).lower().removeprefix("+")
     return float(text) if text in ("nan", "inf", "-inf", "infinity", "-infinity") else value
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a metric's value is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
