@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -30,24 +31,27 @@ class RunStopped(Exception):
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit with 0 or its return value, or with one message.
 
-    2 for a `UserError`, 3 for a run that a guard ended, 130 for Ctrl-C, 141 where the reader of the output has gone.
-    In JSON mode the last line of standard output is then an event `error`, `stopped` or `interrupted`.
+    2 for a `UserError`, 3 for a run that a guard ended, 130 for Ctrl-C, 141 where the reader of the output has gone, 1
+    for a mistake of the program, with its traceback. In JSON mode the last line of standard output is then an event
+    `error`, `stopped` or `interrupted`. A secret on the command line is refused, and none is in a message or traceback.
     """
     from mirage.tracking import json_lines
+    from mirage.tracking.redact import refuse_secret_arguments
 
     if json_lines.asked_for(sys.argv[1:]):
         json_lines.claim_stdout()
     try:
+        refuse_secret_arguments(sys.argv[1:])
         code = main()
         sys.stdout.flush()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.one_rank_only:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _say(f"error: {error}")
             _tell("error", str(error), EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
     except RunStopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+            _say(f"stopped: {stopped}")
             _tell("stopped", str(stopped), EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
@@ -59,15 +63,23 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
     except Exception as error:
-        # A mistake of the program: Python prints where.
+        # A mistake of the program: where it happened, and no value of a variable.
+        _say(traceback.format_exc().rstrip("\n"))
         _tell("error", f"{type(error).__name__}: {error}", 1)
-        raise
+        sys.exit(1)
     sys.exit(code or 0)
+
+
+def _say(message: str) -> None:
+    from mirage.tracking.terminal_text import safe_message
+
+    print(safe_message(message), file=sys.stderr, flush=True)
 
 
 def _tell(event: str, message: str, exit_code: int) -> None:
     """The end of a command as a JSON line, in JSON mode."""
     from mirage.tracking import json_lines
+    from mirage.tracking.terminal_text import safe_message
 
     if json_lines.is_claimed():
-        json_lines.emit(event, {"message": message, "exit_code": exit_code})
+        json_lines.emit(event, {"message": safe_message(message), "exit_code": exit_code})

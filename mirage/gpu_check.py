@@ -28,6 +28,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention, Qwe
 
 from mirage.errors import UserError
 from mirage.models.attention import FLASH, choose_attention
+from mirage.tracking.terminal_text import SafeConsole
 from mirage.training.head_loss import choose_kernel, head_loss
 
 # Largest relative error against fp32. bf16 has 8 bits (one rounding is 2^-9); a layer rounds about ten times in a row,
@@ -498,7 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     results = run_checks(device="cuda", hub_kernels=options.hub_kernels)
     # Wide enough for every column where the output is a file.
-    console = Console() if sys.stdout.isatty() else Console(width=180)
+    console = SafeConsole() if sys.stdout.isatty() else SafeConsole(width=180)
     return report(results, console, title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
 
 

@@ -14,6 +14,7 @@ from mirage.config.keys import ANY_INDEX
 from mirage.config.loader import list_recipes
 from mirage.config.schema import Recipe
 from mirage.config.values import describe_field, format_value, is_section, item_type, strip_optional
+from mirage.tracking.terminal_text import SafeConsole
 
 USAGE = "recipe=NAME [key.sub=value ...]"
 RULES = "Values are read by the key's type. A list: a,b or [a, b]. No value: null. All mistakes are reported at once."
@@ -21,7 +22,7 @@ RULES = "Values are read by the key's type. A list: a,b or [a, b]. No value: nul
 
 def print_schema(recipe: Recipe | None = None, *, console: Console | None = None) -> None:
     """Print every key with its value (of `recipe`, else the default), its type and what it means."""
-    console = console or Console(highlight=False)
+    console = console or SafeConsole(highlight=False)
     console.print(Text.assemble(("Usage: ", "bold"), USAGE))
     console.print(Text(RULES))
     _print_section(console, Recipe, recipe, "")

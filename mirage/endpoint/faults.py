@@ -13,6 +13,7 @@ from typing import Any
 from mirage.endpoint.config import EndpointConfig
 from mirage.endpoint.failures import EndpointFailure
 from mirage.errors import UserError
+from mirage.tracking.redact import strike
 
 # 529: "overloaded" of some hosts.
 _OVERLOAD = frozenset({429, 503, 529})
@@ -137,8 +138,11 @@ class Diagnosis:
 
     def clean(self, text: str) -> str:
         """Foreign text for a message: one line, short, without the key."""
-        text = text.replace(self._key, "[key]") if self._key else text
-        return " ".join(text.split())[:_MAX_DETAIL_CHARS]
+        return " ".join(self.without_key(text).split())[:_MAX_DETAIL_CHARS]
+
+    def without_key(self, value: Any) -> Any:
+        """What the endpoint sent (text, or JSON data), without the key."""
+        return strike(value, self._key) if self._key else value
 
 
 def _codes(error: Mapping[str, Any]) -> set[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mirage.errors import UserError
 from mirage.models.internvl_checkpoint import MAX_SHARD_BYTES, convert
+from mirage.tracking.terminal_text import SafeConsole
 
 GIGABYTE = 1_000_000_000
 
@@ -39,7 +39,7 @@ def convert_command(argv: list[str]) -> int:
     if arguments.max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb must be above 0, found {arguments.max_shard_gb}")
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(f"{arguments.layout} layout", total=None)
         convert(

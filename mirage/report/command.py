@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from mirage.errors import UserError
 from mirage.evals.report import results_markdown, results_table, summary_markdown, where_to_look
 from mirage.files import write_atomic
@@ -15,6 +13,7 @@ from mirage.report.comparison import columns_of, lines_of
 from mirage.report.page import MAX_MB, Written, write_report
 from mirage.report.run_folder import Run, read_runs
 from mirage.report.words import Paragraph, summarise, what_was_trained
+from mirage.tracking.terminal_text import SafeConsole, inert
 
 
 def run(folders: Sequence[Path], *, out: str | None, max_mb: str | None, markdown: bool) -> int:
@@ -29,7 +28,7 @@ def run(folders: Sequence[Path], *, out: str | None, max_mb: str | None, markdow
             raise UserError(f"max_mb={max_mb} has no effect with --markdown")
         text = report_markdown(folders)
         if target is None:
-            print(text)
+            print(inert(text))
         else:
             _check_folder(target)
             write_atomic(target, text if text.endswith("\n") else f"{text}\n")
@@ -63,7 +62,7 @@ def _paragraph(paragraph: Paragraph) -> str:
 
 
 def _show(written: Written, folders: Sequence[Path]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     for text in written.trained:
         console.print(text, markup=False)
     for paragraph in written.paragraphs:

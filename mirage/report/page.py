@@ -18,6 +18,7 @@ from mirage.evals.before_after import find_pairs
 from mirage.evals.results import Results
 from mirage.files import write_atomic
 from mirage.pages.document import page
+from mirage.pages.templates import page_template
 from mirage.report.browser import Shown, browse
 from mirage.report.cards import Facts, data_card, environment_card, recipe_card, recipe_differences
 from mirage.report.comparison import SYMBOLS, Column, Line, columns_of, lines_of, p_value_of
@@ -213,10 +214,7 @@ def _examples(columns: Sequence[Column], shown: Shown) -> list[dict[str, Any]]:
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_own("report.html.jinja"))
+    return page_template(_own("report.html.jinja"), trim=True)
 
 
 @cache

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TextIO, TypeVar, get_args
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as LiveLines
 from rich.table import Table
@@ -18,6 +17,7 @@ from rich.table import Table
 from mirage.errors import UserError
 from mirage.tracking import json_lines
 from mirage.tracking.progress import NUM_LINES, SECONDS_BETWEEN_LINES, Progress
+from mirage.tracking.terminal_text import SafeConsole, safe_message
 
 ConsoleMode = Literal["rich", "plain", "quiet", "json"]
 MODES: tuple[ConsoleMode, ...] = get_args(ConsoleMode)
@@ -26,7 +26,7 @@ _FILE_COLUMNS = 200
 Item = TypeVar("Item")
 
 
-class Terminal(Console):
+class Terminal(SafeConsole):
     """A rich console on standard output (or `file`) that knows the mode.
 
     `rich`: live lines and colours in a terminal, `plain` elsewhere. `plain`: text without escape codes, about twenty
@@ -62,7 +62,7 @@ class Terminal(Console):
             super().print(*objects, **options)
             return
         text = io.StringIO()
-        Console(file=text, highlight=False, no_color=True, width=_FILE_COLUMNS).print(*objects, **options)
+        SafeConsole(file=text, highlight=False, no_color=True, width=_FILE_COLUMNS).print(*objects, **options)
         self.emit("message", text=text.getvalue().rstrip("\n"))
 
     def say(self, text: str, *, event: str = "message", **fields: Any) -> None:
@@ -81,6 +81,7 @@ class Terminal(Console):
 
     def error(self, text: str, **fields: Any) -> None:
         """What went wrong though the command goes on; said in every mode."""
+        text = safe_message(text)
         self.emit("error", message=text, **fields)
         # Not by a console of rich's: it would write across live lines, which stand aside for what Python prints.
         print(text, file=sys.stderr, flush=True)

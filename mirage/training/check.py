@@ -29,6 +29,7 @@ from mirage.errors import UserError
 from mirage.models.adapter import IGNORE_INDEX, ModelAdapter
 from mirage.models.quantize import check_quantize
 from mirage.models.registry import load_adapter
+from mirage.tracking.terminal_text import SafeConsole
 from mirage.training.failures import spans
 from mirage.training.head_loss import choose_kernel
 from mirage.training.loss import PackedLossModel
@@ -441,10 +442,10 @@ def _place(entry: SourcedRow) -> str:
 
 def print_report(report: Report, *, console: Console | None = None) -> None:
     """The table of results; plain text where the output is no terminal."""
-    console = console or Console(highlight=False)
+    console = console or SafeConsole(highlight=False)
     if not console.is_terminal:
         # Wide enough that no line of a log file is folded.
-        console = Console(file=console.file, highlight=False, no_color=True, width=160)
+        console = SafeConsole(file=console.file, highlight=False, no_color=True, width=160)
     console.print(Text(report.subject))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header in ("check", "found", "limit", ""):

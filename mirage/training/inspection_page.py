@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageOps
@@ -18,7 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mirage.config.loader import recipe_hash
+from mirage.files import temporary_of
 from mirage.pages.document import page
+from mirage.pages.templates import page_template
+from mirage.tracking.terminal_text import SafeConsole
 from mirage.training.checkpoint import write_atomic
 from mirage.training.inspection import InspectedSample, InspectedStep, Inspection
 
@@ -96,7 +98,7 @@ def write_inspection(inspection: Inspection, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     contact_sheet(inspection.samples).save(content, format="PNG")
-    temporary = folder / f".{SHEET_FILE}.{os.getpid()}.tmp"
+    temporary = temporary_of(folder / SHEET_FILE)
     temporary.write_bytes(content.getvalue())
     temporary.replace(folder / SHEET_FILE)
     write_atomic(folder / PAGE_FILE, render_page(inspection))
@@ -105,10 +107,8 @@ def write_inspection(inspection: Inspection, folder: Path) -> Path:
 
 def render_page(inspection: Inspection) -> str:
     """The HTML page, pictures inside; every text from the data is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    for name, function in {"count": _count, "data_uri": _data_uri, "visible": _visible}.items():
-        environment.filters[name] = function
-    body = environment.from_string(_TEMPLATE).render(
+    filters: dict[str, Callable[..., Any]] = {"count": _count, "data_uri": _data_uri, "visible": _visible}
+    body = page_template(_TEMPLATE, filters=filters).render(
         name=inspection.recipe.name,
         hash=recipe_hash(inspection.recipe),
         base=inspection.base,
@@ -151,7 +151,7 @@ def contact_sheet(samples: Sequence[InspectedSample]) -> Image.Image:
 
 def print_inspection(inspection: Inspection, page: Path, *, console: Console | None = None) -> None:
     """The summary in the terminal."""
-    console = console or Console(highlight=False)
+    console = console or SafeConsole(highlight=False)
     console.print(
         Text.assemble(("Recipe ", "bold"), (inspection.recipe.name, "bold cyan"), f"  {recipe_hash(inspection.recipe)}")
     )

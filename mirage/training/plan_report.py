@@ -19,6 +19,7 @@ from mirage.config.values import format_value
 from mirage.data.lengths import LengthIndex
 from mirage.data.pack import PackPlan
 from mirage.models.attention import padded_positions
+from mirage.tracking.terminal_text import SafeConsole
 from mirage.training.plan import (
     PARTS,
     ParameterCounts,
@@ -128,7 +129,7 @@ def render_plan(
     console: Console | None = None,
 ) -> None:
     """Print the resolved recipe and its plan."""
-    console = console or Console(highlight=False)
+    console = console or SafeConsole(highlight=False)
     plan = make_plan(recipe, world_size=world_size, memory_bytes=memory_bytes)
     _print_recipe(console, recipe)
     _print_parameters(console, plan)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mirage.errors import UserError
+from mirage.tracking.terminal_text import SafeConsole
 from mirage.training.failures import FAILURES, memory_bytes
 from mirage.training.replay import Replay, ReplayedPack, replay
 from mirage.training.weights import DTYPES
@@ -19,10 +20,10 @@ from mirage.training.weights import DTYPES
 
 def print_replay(result: Replay, *, console: Console | None = None) -> None:
     """The failure, a table of each pack's samples, and the verdict; plain text where the output is no terminal."""
-    console = console or Console(highlight=False)
+    console = console or SafeConsole(highlight=False)
     if not console.is_terminal:
         # Wide enough that no line of a log file is folded.
-        console = Console(file=console.file, highlight=False, no_color=True, width=160)
+        console = SafeConsole(file=console.file, highlight=False, no_color=True, width=160)
     record = result.record
     what = record["kind"] if record["value"] is None else f"{record['kind']} {record['value']}"
     console.print(Text(f"step {record['step']}, rank {record['rank']} of {record['world_size']}: {what}"))

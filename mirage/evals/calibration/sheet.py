@@ -7,9 +7,10 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from mirage.data.pictures import picture_size
 from mirage.errors import UserError
@@ -17,9 +18,18 @@ from mirage.evals.calibration.population import Judged, draw_sample, label_optio
 from mirage.evals.results import Results
 from mirage.evals.tasks import TASKS
 from mirage.files import file_sha256, write_atomic
+from mirage.pages.document import page
+from mirage.pages.templates import page_template
 
 KEY_SUFFIX = ".key.json"
 KEY_VERSION = 1
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+# Beyond the look that all pages share.
+_STYLE = """
+section { border-top: 1px solid var(--line); padding: .6rem 0 1rem; break-inside: avoid }
+section h2 { font-size: 1rem; margin-top: .6rem } dt { font-weight: 600 }
+.pictures img { max-height: 18rem } .question { white-space: pre-wrap; overflow-wrap: anywhere }
+"""
 COLUMNS = ("item", "task", "options", "question", "answer", "pictures", "label", "note")
 
 
@@ -78,17 +88,19 @@ def _table(chosen: Sequence[Judged], options: Mapping[str, Sequence[str]], shown
 
 
 def _inert(cell: str) -> str:
-    """A spreadsheet runs cells that begin like a formula, and answers are a model's: a quote makes them text."""
-    return "'" + cell if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+    """A spreadsheet runs cells that begin like a formula, and answers are a model's: a quote makes them text.
+
+    The characters are those of OWASP's page on CSV injection, full-width forms included.
+    """
+    return "'" + cell if cell.startswith(_FORMULA_STARTS) else cell
 
 
 def _page(chosen: Sequence[Judged], options: Mapping[str, Sequence[str]], shown: Mapping[str, Sequence[str]]) -> str:
-    # Autoescaped: questions and answers are other people's text.
-    loader = PackageLoader("mirage.evals.calibration", "")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("page.html.jinja").render(
+    source = (resources.files("mirage.evals.calibration") / "page.html.jinja").read_text("utf-8")
+    body = page_template(source, trim=True).render(
         items=chosen, options=options, shown=shown, meanings={task: _meanings(task) for task in options}
     )
+    return page("Answers to label", Markup(body), style=_STYLE, linked_pictures=True)
 
 
 def _meanings(task: str) -> dict[str, str]:
