@@ -5,11 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 # The launcher puts this file's folder at the head of the path, where `data` or `models` would shadow other packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from mirage.orphans import die_with_parent  # noqa: E402
+
+if __name__ == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:
+    # Before the seconds that imports take: a launcher that is killed would leave its ranks in the run folder.
+    die_with_parent()
 
 from mirage.config.loader import load_recipe  # noqa: E402
 from mirage.errors import run_main  # noqa: E402
@@ -46,10 +53,13 @@ def main(args: list[str] | None = None) -> int:
     from mirage.tracking.run_console import ConsoleCallback
     from mirage.training.export_callback import ExportCallback
     from mirage.training.ledger import LedgerCallback
+    from mirage.training.signals import Terminated
     from mirage.training.trainer import Trainer
 
     callbacks = [ConsoleCallback(), TrackingCallback(), LedgerCallback(), EvalCallback(), ExportCallback()]
-    Trainer(recipe, [*callbacks, ReportCallback()]).fit()
+    # SIGTERM: what could be saved is saved, and the same command goes on.
+    with suppress(Terminated):
+        Trainer(recipe, [*callbacks, ReportCallback()]).fit()
     return 0
 
 

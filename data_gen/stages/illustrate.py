@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from data_gen.stages.draft import Draft, Style
 from data_gen.store import StoredPicture
 from data_gen.taxonomy.facts import Photo, Taxonomy, Thing
 from mirage.data.row import ImageRef, ImageSource
+from mirage.orphans import die_with_parent
 
 VERSION = "1"
 CHUNK = 16  # pictures handed to a worker at a time
@@ -82,7 +84,9 @@ def draw_all(orders: list[PictureOrder], *, num_workers: int) -> Iterator[tuple[
     if num_workers <= 1 or len(orders) < 4 * CHUNK:
         yield from ((order, draw(order)) for order in orders)
         return
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        num_workers, mp_context=get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
+    ) as pool:
         yield from zip(orders, pool.map(draw, orders, chunksize=CHUNK))
 
 

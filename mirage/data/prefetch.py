@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from ctypes import c_int64
+from functools import partial
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
@@ -26,9 +27,11 @@ from mirage.data.render import Sample, render_sample
 from mirage.data.sources import SourcedRow
 from mirage.errors import UserError
 from mirage.models.adapter import ModelAdapter
+from mirage.orphans import die_with_parent
 
 MAX_WORKERS = 8
 _IDLE = -1
+_WORKER_GRACE_SECONDS = 3
 
 Item = tuple[int, PackedBatch | UserError]
 
@@ -174,7 +177,9 @@ class StepLoader:
             prefetch_factor=max(2, math.ceil(ahead / workers)),
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context="fork",
-            worker_init_fn=_leave_interrupts_to_the_rank,
+            # Its workers' seed would else come from the state that dropout draws from, once more at each restart.
+            generator=torch.Generator(),
+            worker_init_fn=partial(_serve_the_rank, os.getpid()),
         )
         with _sigchld_as_it_was(), _new_children() as children:
             iterator = iter(loader)
@@ -232,9 +237,16 @@ class _Places:
         return self._loader._places()
 
 
-def _leave_interrupts_to_the_rank(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the rank ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _serve_the_rank(rank_pid: int, _worker: int) -> None:
+    """Signals that reach every process of a terminal, a group or a job are the rank's; it ends its workers itself.
+
+    SIGTERM ends a worker after some seconds, in which the rank gets the packs of its last step.
+    """
+    die_with_parent(rank_pid)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKER_GRACE_SECONDS))
 
 
 @contextlib.contextmanager

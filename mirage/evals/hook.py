@@ -34,7 +34,7 @@ from mirage.model_card.write import refresh_cards_of
 from mirage.tracking.console import Terminal, make_console
 from mirage.tracking.run import Tracker
 from mirage.training.callbacks import Callback
-from mirage.training.checkpoint import checkpoint_name, checkpoint_step, ready_checkpoints
+from mirage.training.checkpoint import checkpoint_name, checkpoint_step, due_checkpoints
 from mirage.training.distributed import gather_objects, outside_training
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class EvalCallback(Callback):
         )
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo", timeout=JUDGING_TIMEOUT)
-        for checkpoint in ready_checkpoints(trainer.run_dir):
+        for checkpoint in due_checkpoints(trainer.run_dir):
             if checkpoint_step(checkpoint) > 0 or config.at_start:
                 self._let_wait(trainer, checkpoint_step(checkpoint))
         self._proceed(trainer, run_now=config.mode == "inline", at_start=True)

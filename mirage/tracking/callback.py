@@ -11,7 +11,7 @@ from mirage.tracking.console import make_console
 from mirage.tracking.environment import environment
 from mirage.tracking.run import Tracker
 from mirage.training.callbacks import Callback
-from mirage.training.checkpoint import checkpoint_step, ready_checkpoints
+from mirage.training.checkpoint import checkpoint_step, due_checkpoints
 
 if TYPE_CHECKING:
     from mirage.training.trainer import Trainer
@@ -48,7 +48,7 @@ class TrackingCallback(Callback):
         )
         if self._tracker.wandb_id is not None:
             self._log_what_is_used(trainer)
-            for checkpoint in ready_checkpoints(trainer.run_dir):
+            for checkpoint in due_checkpoints(trainer.run_dir):
                 self._log_checkpoint(checkpoint)
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:

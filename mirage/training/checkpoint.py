@@ -53,8 +53,11 @@ def fingerprint(hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]
 
 
-def publish(aside: Path, final: Path, *, step: int) -> None:
-    """Make the folder written at `aside` the checkpoint `final`: sync, rename, READY. One process calls it."""
+def publish(aside: Path, final: Path, *, step: int, is_due: bool = True) -> None:
+    """Make the folder written at `aside` the checkpoint `final`: sync, rename, READY. One process calls it.
+
+    READY of one that the recipe does not make due, which a signal asked for, says so.
+    """
     hashes = {}
     for path in sorted(aside.rglob("*")):
         if path.is_file():
@@ -65,6 +68,8 @@ def publish(aside: Path, final: Path, *, step: int) -> None:
     aside.replace(final)
     sync(final.parent)
     manifest = {"step": step, "fingerprint": fingerprint(hashes), "files": hashes}
+    if not is_due:
+        manifest["on_signal"] = True
     write_atomic(final / READY, json.dumps(manifest, indent=2) + "\n")
 
 
@@ -80,6 +85,11 @@ def ready_checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
     folders = [path for path in run_dir.glob("checkpoint-*") if NAME.match(path.name) and read_ready(path)]
     return sorted(folders, key=checkpoint_step)
+
+
+def due_checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints that the recipe made due, oldest first: those that are measured and counted."""
+    return [path for path in ready_checkpoints(run_dir) if not (read_ready(path) or {}).get("on_signal")]
 
 
 def last_resumable(run_dir: Path) -> Path | None:
@@ -120,10 +130,13 @@ def _is_locked(path: Path) -> bool:
 def retire(run_dir: Path, *, keep_last: int) -> list[Path]:
     """Remove trained checkpoints older than the newest `keep_last`, save those under a lease. Returns what went.
 
+    One that a signal asked for goes, uncounted, as soon as there is a newer one.
+
     READY goes first, so that a removal cut short leaves a folder that nothing takes for a checkpoint.
     """
-    trained = [path for path in ready_checkpoints(run_dir) if checkpoint_step(path) > 0]
-    gone = [path for path in trained[:-keep_last] if not leases(path)]
+    due = [path for path in due_checkpoints(run_dir) if checkpoint_step(path) > 0]
+    on_signal = [path for path in ready_checkpoints(run_dir)[:-1] if read_ready(path).get("on_signal")]
+    gone = [path for path in (*due[:-keep_last], *on_signal) if not leases(path)]
     for path in gone:
         (path / READY).unlink()
         shutil.rmtree(path)

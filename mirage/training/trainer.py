@@ -31,6 +31,7 @@ from mirage.training.distributed import build_accelerator, end, sum_over_ranks
 from mirage.training.export import link_untouched_model, save_model
 from mirage.training.failures import stop_on_failure, stop_unless_finite
 from mirage.training.feed import open_loader, open_pictures
+from mirage.training.hangs import name_hung_rank, open_roll_call
 from mirage.training.head_loss import choose_kernel
 from mirage.training.layers import compile_layers
 from mirage.training.ledger import NOT_DRAWN, TOO_LONG, UNUSABLE, Ledger
@@ -40,6 +41,7 @@ from mirage.training.optimizer_state import load_optimizer_state, save_optimizer
 from mirage.training.pack_checks import guard_packs
 from mirage.training.profile import open_profiler
 from mirage.training.resume import check_same_run, check_shared
+from mirage.training.signals import SignalWatch, Terminated
 from mirage.training.throughput import StepMeter, describe_peak
 from mirage.training.weights import DTYPES, find_base, load_for_training
 
@@ -57,6 +59,7 @@ class Trainer:
         self.step = 0
         self.epoch = 0.0
         self.kernels: dict[str, str] = {}
+        self.signals = SignalWatch()
         self._lock = FileLock(self.run_dir / ".lock") if self.is_main else None
 
     # Set-up
@@ -83,6 +86,7 @@ class Trainer:
             self.recipe, world_size=self.world_size, hidden_size=self.model.config.get_text_config().hidden_size
         )
         self.device: torch.device = self._accelerator.device
+        self._roll_call = open_roll_call(self.world_size)
         check_shared(self.run_dir, self.recipe, device=self.device)
         self.pictures = open_pictures(self)
         self._build_engine(last)
@@ -139,23 +143,14 @@ class Trainer:
     def fit(self) -> None:
         """Train from the last checkpoint, or from the start, to the end."""
         error: BaseException | None = None
+        self.signals.install()
         try:
             self.setup()
             self._call("on_start")
             if self.step == 0 and self.recipe.eval.at_start and self.recipe.eval.mode != "off":
                 self._checkpoint_untouched()
-            self.loader, first_step, profiler = open_loader(self), self.step, open_profiler(self)
-            for batches in self.loader:
-                if self.step == first_step:
-                    guard_packs(self, batches)
-                with stop_on_failure(self, batches), profiler.step(), self.meter.step(self.loader.wait_seconds):
-                    metrics = self._train_step(batches)
-                self.step += 1
-                self.epoch = self.step / self.plan.steps_per_epoch
-                if self.step % self.recipe.train.log_every == 0 or self.step == self.total_steps:
-                    self._call("on_step", metrics | self.meter.metrics(metrics))
-                if self._checkpoint_due():
-                    self.save_checkpoint()
+            with self.signals.waiting(), name_hung_rank(self, self._roll_call):
+                self._train()
             self._call("on_end")
         except BaseException as raised:
             error = raised
@@ -163,10 +158,29 @@ class Trainer:
         finally:
             for callback in self.callbacks:
                 callback.on_close(self, error)
-            if error is None or isinstance(error, RunStopped):
+            if error is None or isinstance(error, RunStopped) or (isinstance(error, Terminated) and error.agreed):
                 end(self._accelerator)
+            self.signals.restore()
             if self._lock is not None:
                 self._lock.release()
+
+    def _train(self) -> None:
+        """All steps that are left."""
+        self.loader, first_step, profiler = open_loader(self), self.step, open_profiler(self)
+        for batches in self.loader:
+            if self.step == first_step:
+                guard_packs(self, batches)
+            with stop_on_failure(self, batches), profiler.step(), self.meter.step(self.loader.wait_seconds):
+                metrics = self._train_step(batches)
+            self.step += 1
+            self.epoch = self.step / self.plan.steps_per_epoch
+            if self.step % self.recipe.train.log_every == 0 or self.step == self.total_steps:
+                self._call("on_step", metrics | self.meter.metrics(metrics))
+            is_due = self._checkpoint_due()
+            if is_due or self.signals.save or self.signals.stop:
+                self.save_checkpoint(is_due=is_due)
+            if self.signals.stop:
+                raise Terminated(agreed=True)
 
     def _train_step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """One optimiser step over this rank's micro-batches; gradients do not depend on how the batch is cut."""
@@ -189,9 +203,10 @@ class Trainer:
             tokens += len(batch.labels)
             if self.parts is not None:
                 parts += self.engine.module.part_sums.cpu()
-        sums = [sum(self.micro_losses), correct, supervised, tokens]
+        sums = [sum(self.micro_losses), correct, supervised, tokens, *self.signals.numbers()]
         totals = sum_over_ranks([*sums, *parts.flatten().tolist()], self.device)
         mean_loss = totals[0] / total_weight
+        self.signals.agree(totals[4:6])
         stop_unless_finite(self, mean_loss, "loss", batches)
         with self.meter.part("optimizer"):
             self.engine.step()
@@ -230,16 +245,22 @@ class Trainer:
         self.barrier()
         self._call("on_checkpoint", final, 0)
 
-    def save_checkpoint(self) -> None:
-        """Write the current step's checkpoint, mark it READY, tell the callbacks, retire old ones. All ranks call."""
+    def save_checkpoint(self, *, is_due: bool = True) -> None:
+        """Write the current step's checkpoint, mark it READY, tell the callbacks, retire old ones. All ranks call.
+
+        One that is not due was asked for by a signal: it is there to continue from, callbacks hear nothing of it, and
+        the next one takes its place. A run that is told to stop leaves what follows a checkpoint to the next start.
+        """
         with self.meter.checkpoint():
-            final = self._write_checkpoint()
-        self._call("on_checkpoint", final, self.step)
+            final = self._write_checkpoint(is_due=is_due)
+        if is_due and not self.signals.stop:
+            with self.signals.at_once():
+                self._call("on_checkpoint", final, self.step)
         if self.is_main:
             checkpoints.retire(self.run_dir, keep_last=self.recipe.checkpoint.keep_last)
         self.engine.train()
 
-    def _write_checkpoint(self) -> Path:
+    def _write_checkpoint(self, *, is_due: bool) -> Path:
         final = self.run_dir / checkpoints.checkpoint_name(self.step)
         aside = self.run_dir / checkpoints.aside_name(self.step)
         if self.is_main:
@@ -255,7 +276,7 @@ class Trainer:
             (aside / "resume" / "state.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
         self.barrier()
         if self.is_main:
-            checkpoints.publish(aside, final, step=self.step)
+            checkpoints.publish(aside, final, step=self.step, is_due=is_due)
         self.barrier()
         return final
 
