@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mirage.errors import UserError
+from mirage.files import temporary_of
 
 SUFFIXES = (".png", ".jpg", ".webp")
 
@@ -26,10 +26,15 @@ class Blobs:
         target = self.root / relative
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            partial = temporary_of(target)
             partial.write_bytes(content)
             partial.replace(target)
         return relative
+
+    def remove_torn(self) -> None:
+        """Remove what killed processes were writing. Only while no other process writes to the store."""
+        for partial in self.root.glob("images/*/.*.tmp"):
+            partial.unlink()
 
     def path(self, relative: str) -> Path:
         """Where a stored file lies. Raises UserError if it is missing."""

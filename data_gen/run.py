@@ -89,6 +89,7 @@ def run_pipeline(
     with build_lock(target), RowStore(work) as store:
         _refuse_foreign(target, work, overwrite=overwrite)
         blobs, taxonomy = Blobs(work), _facts(pipeline, taxonomy)
+        blobs.remove_torn()
         steps = prepare_set_steps(pipeline)
         samples = _samples(pipeline, taxonomy, blobs)
         stages, _ = _stages(pipeline, taxonomy, blobs)
@@ -246,7 +247,10 @@ def _publish(
         progress=hooks.progress,
     )
     # Noted before it is visible, with the one before: a kill in between leaves either, and both are this pipeline's.
-    write_atomic(work / PUBLISHED_FILE, "\n".join([*_published(work)[-1:], manifest["content_sha256"]]) + "\n")
+    # Killed there twice, the folder still holds the one before.
+    content = manifest["content_sha256"]
+    before = [known for known in _published(work) if known != content]
+    write_atomic(work / PUBLISHED_FILE, "\n".join([*before[-1:], content]) + "\n")
     if _is_whole(target, manifest):
         shutil.rmtree(build.path)
         return RunResult(report, report_path, manifest, was_complete=True)

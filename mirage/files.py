@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def cache_dir() -> Path:
@@ -16,13 +21,32 @@ def cache_dir() -> Path:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a UTF-8 text file by way of a temporary one: a kill leaves the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = temporary_of(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def temporary_of(path: Path) -> Path:
+    """The name beside `path` that this process writes it under first.
+
+    What processes that were killed while they wrote `path` have left there is removed: those of this machine, as of
+    another one's nobody here knows whether they live.
+    """
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{glob.escape(f'{path.name}.{host}')}.*.tmp"):
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            with contextlib.suppress(OSError):
+                left.unlink()
+    return path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
 
 
 def read_object(path: Path) -> dict[str, Any]:

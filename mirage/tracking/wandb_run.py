@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from mirage.config.schema import TrackingConfig
 from mirage.errors import UserError
+from mirage.files import temporary_of
 from mirage.tracking.alerts import MAX_TITLE_CHARS, Alert
 from mirage.tracking.artifacts import ArtifactCard, make_artifact
 from mirage.tracking.code_version import code_version
@@ -84,7 +85,7 @@ def run_id(run_dir: Path) -> str:
     path = run_dir / ID_NAME
     if not path.exists():
         given = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
-        temporary = run_dir / f".{ID_NAME}.{os.getpid()}.tmp"
+        temporary = temporary_of(path)
         with temporary.open("w") as file:
             file.write((given or secrets.token_hex(6)) + "\n")
             file.flush()
