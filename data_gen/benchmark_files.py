@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
 import csv
 import hashlib
 import io
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mirage.data.pictures import open_picture
+from mirage.data.picture_files import open_picture
 from mirage.data.row import ImageRef
 from mirage.data.sources import ROWS_FILE, read_rows
 from mirage.errors import UserError
 from mirage.evals.tasks.mis_files import find_file, load_file
+from mirage.safe_paths import is_file, open_regular, printable, stays_inside
+from mirage.strict_json import JsonError, parse_literal, read_json, read_json_lines
 
 MIS_SPLITS = ("easy", "hard", "real")
+_REMEDY = "download the file again"
 FILE_SUFFIXES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
 MAX_REFERENCE_CHARS = 64  # VLMEvalKit: a shorter `image` cell is the index of the row that holds the picture
 SEED_DECIDES = ("drawn", "packaged")  # kinds of pictures that generator and seed decide to the pixel
@@ -49,10 +50,9 @@ class BenchmarkImage:
         try:
             if isinstance(self.source, Path):
                 return open_picture(self.source)
-            return open_picture(io.BytesIO(self.source))  # type: ignore[arg-type]
+            return open_picture(None, content=self.source)
         except UserError as error:
-            text = str(error) if isinstance(self.source, Path) else "its picture cannot be decoded; restore the file"
-            raise UserError(f"{self.where}: {text}") from error
+            raise UserError(f"{self.where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -159,23 +159,22 @@ def _raw_records(file: Path) -> Iterator[Any]:
         elif suffix == ".parquet":
             yield from _parquet(file)
         elif suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                yield from (json.loads(line) for line in lines if line.strip())
+            yield from (value for _, value in read_json_lines(file, remedy=_REMEDY))
         else:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file, remedy=_REMEDY)
             if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
                 content = [{"id": key, **value} for key, value in content.items()]
             if not isinstance(content, list):
                 raise UserError(f"{file}: expected a JSON list of records, found {type(content).__name__}")
             yield from content
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: cannot be read ({error}); download the file again") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {_REMEDY}") from error
 
 
 def _delimited(file: Path, *, delimiter: str) -> Iterator[dict[str, str]]:
     before = csv.field_size_limit(sys.maxsize)  # a cell holds a whole picture in base64
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
+        with io.TextIOWrapper(open_regular(file), encoding="utf-8-sig", newline="") as stream:
             yield from csv.DictReader(stream, delimiter=delimiter)
     finally:
         csv.field_size_limit(before)
@@ -187,9 +186,10 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
 
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=64):
+            batch.validate(full=True)
             yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file}: cannot be read ({error}); download the file again") from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {_REMEDY}") from error
 
 
 class _RecordReader:
@@ -231,8 +231,8 @@ class _RecordReader:
             return
         if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
             try:
-                value = ast.literal_eval(value)
-            except (ValueError, SyntaxError) as error:
+                value = parse_literal(value)
+            except JsonError as error:
                 raise UserError(f"{where}: its list of pictures cannot be read; restore the file") from error
         if isinstance(value, list):
             for item in value:
@@ -264,12 +264,13 @@ class _RecordReader:
             yield BenchmarkImage(content, where)
 
     def _inside(self, value: str, where: str) -> Path:
-        relative = PurePosixPath(value)
-        if relative.is_absolute() or ".." in relative.parts or "\\" in value:
-            raise UserError(f"{where}: image path {value!r} must be relative and stay inside {self.root}")
-        path = self.root / relative
-        if not path.is_file():
-            raise UserError(f"{where}: no file {path}; unpack the pictures, or name the folder that paths start from")
+        if not stays_inside(value):
+            raise UserError(f"{where}: image path {value!r:.200} must be relative and stay inside {self.root}")
+        path = self.root / value
+        if not is_file(path):
+            raise UserError(
+                f"{where}: no file {printable(path):.200}; unpack the pictures, or name the folder that paths begin in"
+            )
         return path
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from data_gen.fingerprints import COLOUR_LEVELS, NUM_VIEWS, SKETCH_WORDS, image_
 from mirage.data.row import canonical_json
 from mirage.errors import UserError
 from mirage.files import sync
+from mirage.strict_json import parse_json
 
 FORMAT, VERSION = "mirage-benchmark-index", 1
 SUFFIX = ".safetensors"
@@ -197,10 +198,11 @@ def load_index(path: Path) -> BenchmarkIndex:
     """An index written by `save_index`. Raises UserError for a file that is none, or a damaged one."""
     try:
         with safe_open(path, framework="np") as file:
-            about = json.loads((file.metadata() or {}).get("index", "{}"))
+            about = parse_json((file.metadata() or {}).get("index", "{}"))
             arrays: dict[str, NDArray[Any]] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is no benchmark index ({error}); build it again from the benchmark") from error
+    about = about if isinstance(about, dict) else {}
     if about.get("format") != FORMAT or about.get("version") != VERSION:
         found = f"format {about.get('format')!r}, version {about.get('version')!r}"
         raise UserError(f"{path} is no benchmark index of version {VERSION} ({found}); build it from the benchmark")
@@ -217,8 +219,18 @@ def load_index(path: Path) -> BenchmarkIndex:
     )
 
 
+def _is_described(about: dict[str, Any]) -> bool:
+    lists = [about["ids"], about["files"]]
+    return (
+        isinstance(about["name"], str)
+        and isinstance(about["salt"], str)
+        and re.fullmatch("(?:[0-9a-f]{2})+", about["salt"]) is not None
+        and all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists)
+    )
+
+
 def _is_whole(arrays: dict[str, NDArray[Any]], about: dict[str, Any]) -> bool:
-    if set(arrays) != set(_ARRAYS) or not all(about.values()):
+    if set(arrays) != set(_ARRAYS) or not all(about.values()) or not _is_described(about):
         return False
     if any(arrays[name].dtype != dtype or arrays[name].ndim != ndim for name, (dtype, ndim) in _ARRAYS.items()):
         return False

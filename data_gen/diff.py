@@ -9,6 +9,7 @@ from typing import Any
 
 from data_gen.store import MANIFEST_FILE, read_manifest
 from mirage.data.row import Row
+from mirage.data.sources import read_rows
 from mirage.errors import UserError
 
 ROWS_FILE = "rows.jsonl"
@@ -78,15 +79,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _rows(folder: Path) -> dict[str, Row]:
-    path = folder / ROWS_FILE
-    rows: dict[str, Row] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        try:
-            row = Row.model_validate_json(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not a row ({error})") from None
-        rows[row.id] = row
-    return rows
+    return {row.id: row for row in read_rows(folder)}
 
 
 def _place(row: Row) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.fft import dctn
 
-from mirage.data.pictures import open_picture
+from mirage.data.picture_files import open_picture
 from mirage.data.row import ImageRef
 
 GRAM_WORDS = 8  # n of the word n-grams

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from data_gen.stages.deduplicate import DeduplicateOptions
 from data_gen.tools import Tools
 from mirage.config.keys import nearest_word
 from mirage.config.values import Scalar, is_section, strip_optional
-from mirage.config.yaml_tree import Node, YamlError, parse_yaml
+from mirage.config.yaml_tree import Node, read_yaml
 from mirage.endpoint.config import EndpointConfig
 from mirage.errors import UserError
+from mirage.strict_json import parse_json
 
 StageName = Literal["extract", "compose", "detoxify", "twins", "illustrate", "classify", "label", "verify"]
 STAGE_ORDER: tuple[str, ...] = get_args(StageName)
@@ -163,12 +163,7 @@ def load_pipeline(path: Path) -> Pipeline:
 
 
 def _read(path: Path) -> Node:
-    try:
-        root = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except YamlError as error:
-        raise UserError(f"{path}:{error.line or 1}: {error}") from None
+    root = read_yaml(path)
     if root is None or not isinstance(root.value, dict):
         raise UserError(f"{path}: a pipeline is a list of 'key: value' lines, with seeds: and stages:")
     return root
@@ -198,8 +193,8 @@ def _guess(scalar: Scalar) -> Any:
     if scalar.quoted:
         return scalar.text
     try:
-        value = json.loads(scalar.text)
-    except json.JSONDecodeError:
+        value = parse_json(scalar.text)
+    except ValueError:
         return scalar.text
     return value if isinstance(value, bool | int | float) else scalar.text
 

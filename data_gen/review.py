@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,6 +18,8 @@ from mirage.data.sources import explain, read_rows
 from mirage.errors import UserError
 from mirage.files import write_atomic
 from mirage.pages.document import page
+from mirage.pages.templates import page_template
+from mirage.strict_json import read_json_lines
 
 PAGE_FILE = "index.html"
 _FILES = ("review.html.jinja", "review.css", "review.js")
@@ -96,8 +97,7 @@ def _entry(row: Row, pictures: str) -> dict[str, Any]:
 
 def _render(title: str, data: Mapping[str, Any]) -> str:
     own = {name: (resources.files("data_gen.pages") / name).read_text("utf-8") for name in _FILES}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    body = environment.from_string(own["review.html.jinja"]).render(title=title, num_rows=len(data["rows"]))
+    body = page_template(own["review.html.jinja"]).render(title=title, num_rows=len(data["rows"]))
     return page(
         f"{title}: review",
         Markup(body),
@@ -111,19 +111,13 @@ def _render(title: str, data: Mapping[str, Any]) -> str:
 def read_decisions(file: Path) -> dict[str, Decision]:
     """Decisions by row id. Raises UserError naming the line that is wrong or decides a row twice."""
     decisions: dict[str, Decision] = {}
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, value in read_json_lines(file, remedy="save the decisions again"):
         try:
-            decision = Decision.model_validate_json(line)
+            decision = Decision.model_validate(value)
         except ValidationError as error:
             raise UserError(f"{file}:{number}: {explain(error)}") from None
         if decision.id in decisions:
-            raise UserError(f"{file}:{number}: row {decision.id} is decided twice")
+            raise UserError(f"{file}:{number}: row {decision.id:.80} is decided twice")
         decisions[decision.id] = decision
     return decisions
 

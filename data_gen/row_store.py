@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from data_gen.sample import Sample
 from mirage.data.row import canonical_json
 from mirage.endpoint.failures import FailureKind, Usage
 from mirage.errors import UserError
+from mirage.strict_json import parse_json
 
 Status = Literal["done", "dropped", "failed"]
 STAGES_DIR = "stages"
@@ -146,8 +146,8 @@ class StageResults:
             return None
         line = os.pread(self._file, place[1], place[0])
         try:
-            record = _parse(json.loads(line))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+            record = _parse(parse_json(line))
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: the record at byte {place[0]} cannot be read ({error}); delete it") from None
         return record
 
@@ -184,8 +184,8 @@ def _line_key(line: bytes) -> str | None:
     if not line.endswith(b"}\n"):
         return None
     try:
-        content = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = parse_json(line)
+    except ValueError:
         return None
     key = content.get("key") if isinstance(content, dict) else None
     return key if isinstance(key, str) and content.get("status") in get_args(Status) else None
@@ -206,7 +206,7 @@ def _parse(content: dict[str, Any]) -> Record:
     samples = tuple(content.get("samples", ()))
     kind = content.get("kind")
     if content["status"] == "failed" and kind not in get_args(FailureKind):
-        raise ValueError(f"failure class {kind!r}")
+        raise ValueError(f"failure class {kind!r:.80}")
     return Record(
         key=content["key"],
         status=content["status"],
@@ -277,6 +277,9 @@ def read_stage(root: Path, name: str) -> list[Record]:
     latest: dict[str, Record] = {}
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         if _line_key(line) is not None:
-            record = _parse(json.loads(line))
+            try:
+                record = _parse(parse_json(line))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{path}: a record cannot be read ({error}); delete its line") from None
             latest[record.key] = record
     return list(latest.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_gen.blobs import Blobs
-from data_gen.illustrators.decode import decode_picture
+from data_gen.illustrators.decode import decode_picture, read_picture_bytes
 from data_gen.pipeline import SeedFile
 from data_gen.sample import Seed
 from data_gen.stages.licences import UNKNOWN_ATTRIBUTIONS, UNKNOWN_LICENCES
 from mirage.config.keys import nearest_word
 from mirage.data.row import canonical_json
 from mirage.errors import UserError
+from mirage.safe_paths import leads_outside, stays_inside
+from mirage.strict_json import read_json, read_json_lines
 
 MAX_EDGE_PIXELS = 1536  # of a stored seed picture; more tells a vision model nothing and costs tokens
 MAX_SHOWN = 10
@@ -57,7 +58,7 @@ def read_seeds(files: Sequence[SeedFile], *, folder: Path, blobs: Blobs, limit: 
                 problems.append(f"{place}: {_explained(error)}")
                 continue
             if seed.id in seeds:
-                problems.append(f"{place}: the seed {seed.id!r} is given already, at {places[seed.id]}; remove one")
+                problems.append(f"{place}: the seed {seed.id!r:.80} is given already, at {places[seed.id]}; remove one")
                 continue
             seeds[seed.id], places[seed.id] = seed, place
     if problems:
@@ -71,25 +72,14 @@ def read_seeds(files: Sequence[SeedFile], *, folder: Path, blobs: Blobs, limit: 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, plain data) of each seed: the items of a JSON list, or the lines of a JSONL file."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"seeds {path}: cannot be read ({error})") from None
     if path.suffix == ".json":
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"seeds {path}: not valid JSON ({error})") from None
+        items = read_json(path, remedy="mend the seeds")
         if not isinstance(items, list):
             raise UserError(f"seeds {path}: must be a JSON list of seeds")
         yield from ((f"{path} item {number}", item) for number, item in enumerate(items, 1))
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"seeds {path}:{number}: not valid JSON ({error})") from None
+    for number, value in read_json_lines(path, remedy="mend the seed"):
+        yield f"{path}:{number}", value
 
 
 def _seed(entry: Any, file: SeedFile, *, folder: Path, blobs: Blobs) -> Seed:
@@ -119,15 +109,11 @@ def _seed(entry: Any, file: SeedFile, *, folder: Path, blobs: Blobs) -> Seed:
 
 def _store_picture(name: str, *, folder: Path, blobs: Blobs) -> str:
     """Put a seed's picture into the store; returns its content hash. Raises UserError for a path outside `folder`."""
-    relative = PurePosixPath(name)
-    path = (folder / relative).resolve()
-    if relative.is_absolute() or not path.is_relative_to(folder.resolve()):
-        raise UserError(f"image {name!r} lies outside the folder of the seed file; copy it there")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"image {name!r} cannot be read ({error.strerror})") from None
-    stored = blobs.put(decode_picture(content, where=f"image {name!r}", max_edge_pixels=MAX_EDGE_PIXELS).png)
+    path = folder / name
+    if not stays_inside(name) or leads_outside(path, folder):
+        raise UserError(f"image {name!r:.200} lies outside the folder of the seed file; copy it there")
+    content = read_picture_bytes(path, where=f"image {name!r:.200}")
+    stored = blobs.put(decode_picture(content, where=f"image {name!r:.200}", max_edge_pixels=MAX_EDGE_PIXELS).png)
     return PurePosixPath(stored).stem
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from data_gen.run_report import REPORT_FILE, dollars
 from data_gen.store import MANIFEST_FILE, read_manifest
 from mirage.endpoint.failures import Usage
 from mirage.errors import UserError
+from mirage.strict_json import read_json_lines
 
 
 def print_status(target: Path, console: Console) -> None:
@@ -63,7 +63,7 @@ def _print_stages(work: Path, console: Console) -> None:
 def _print_report(path: Path, console: Console) -> None:
     if not path.is_file():
         return
-    ended = Counter(json.loads(line)["status"] for line in path.read_text("utf-8").splitlines())
+    ended = Counter(value.get("status") for _, value in read_json_lines(path) if isinstance(value, dict))
     console.print(
         f"last run: {ended['done']} rows done, {ended['dropped']} dropped, {ended['failed']} failed; each in {path}",
         highlight=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from data_gen.pictures import Picture
 from mirage.data.row import canonical_json
 from mirage.errors import UserError
 from mirage.files import file_sha256
+from mirage.safe_paths import is_file, stays_inside
+from mirage.strict_json import json_lines, read_json_object
 
 MANIFEST_FILE = "manifest.json"
 JOURNAL_FILE = ".pictures.jsonl"  # which pictures are drawn; gone from a finished folder
@@ -93,15 +94,15 @@ def _journal(folder: Path) -> dict[str, StoredPicture]:
     found: dict[str, StoredPicture] = {}
     if not path.exists():
         return found
-    for line in path.read_text("utf-8").splitlines():
+    for _, entry in json_lines(path):
         try:
-            entry = json.loads(line)
             stored = StoredPicture(entry["path"], entry["sha256"], *entry["size"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+            file = folder / stored.path if stays_inside(stored.path) else None
+            name = str(entry["name"])
+        except (KeyError, TypeError):
             continue
-        file = folder / stored.path
-        if file.is_file() and file_sha256(file) == stored.sha256:
-            found[entry["name"]] = stored
+        if file is not None and is_file(file) and file_sha256(file) == stored.sha256:
+            found[name] = stored
     return found
 
 
@@ -171,11 +172,8 @@ def build_lock(target: Path) -> Iterator[None]:
 def read_manifest(folder: Path) -> dict:
     """The manifest of a finished folder. Raises UserError if it is missing, torn, or altered."""
     path = folder / MANIFEST_FILE
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable manifest ({error}); rebuild with --overwrite") from error
-    if not isinstance(manifest, dict) or manifest.get("content_sha256") != manifest_sha256(manifest):
+    manifest = read_json_object(path, remedy="rebuild with --overwrite")
+    if manifest.get("content_sha256") != manifest_sha256(manifest):
         raise UserError(f"{path}: its content does not match its own hash; rebuild with --overwrite")
     return manifest
 
@@ -191,7 +189,7 @@ def check_files(folder: Path, manifest: dict[str, Any], *, texts_only: bool) -> 
     problems = []
     for relative, digest in manifest["files"].items():
         path = folder / relative
-        if not path.is_file():
+        if not stays_inside(relative) or not is_file(path):
             problems.append(f"{relative} is missing")
         elif not (texts_only and relative.endswith(".png")) and file_sha256(path) != digest:
             problems.append(f"{relative} does not match its hash in {MANIFEST_FILE}")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+MAX_MESSAGE_CHARS = 6000
+# Control characters but for tabs and line ends, and halves of surrogate pairs, which no terminal or log can show.
+_NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 3
 EXIT_INTERRUPTED = 130
@@ -22,6 +26,13 @@ class UserError(Exception):
     """
 
     one_rank_only: bool = False
+
+    def __str__(self) -> str:
+        """The message. Whatever a file or command line puts into it, it is of bounded length and moves no cursor."""
+        text = super().__str__()
+        if len(text) > MAX_MESSAGE_CHARS:
+            text = f"{text[: MAX_MESSAGE_CHARS * 3 // 4]} [...] {text[-MAX_MESSAGE_CHARS // 5 :]}"
+        return _NO_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class RunStopped(Exception):

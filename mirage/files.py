@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import json
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from mirage.errors import UserError
+from mirage.strict_json import read_json
 
 
 def cache_dir() -> Path:
@@ -19,12 +22,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MIRAGE_CACHE") or Path.home() / ".cache" / "mirage")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a UTF-8 text file by way of a temporary one: a kill leaves the old content or the new."""
+def write_atomic(path: Path, text: str | Iterable[str]) -> None:
+    """Write a UTF-8 text file, or its pieces, by way of a temporary one: a kill leaves the old content or the new."""
     temporary = temporary_of(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -52,8 +55,8 @@ def temporary_of(path: Path) -> Path:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none: for what is shown, where a missing file is no fault."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = read_json(path, any_number=True)
+    except UserError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from data_gen.tools import Tools
 from mirage.data.row import ImageRef, ImageSource, canonical_json
 from mirage.errors import UserError
 from mirage.files import write_atomic
+from mirage.strict_json import read_json
 
 OBJECT = "{object}"
 NO_LICENCE = re.compile(r"(?i)^\W*(unknown|none|n/?a|tbd|todo|unlicen[sc]ed|all rights reserved)?\W*$")
@@ -296,7 +296,7 @@ class Illustrate(Stage):
 def _remembered(tools: Tools, note: Path) -> Found | None:
     """The picture that a note names; None if there is no note, or its picture is gone or damaged."""
     try:
-        entry = json.loads(note.read_text("utf-8"))
+        entry = read_json(note)
         picture = Picture(tools.blobs.get(entry["path"]), *entry["size"])
         source = ImageSource.model_validate(entry["source"])
         return Found(picture, source, licence=entry["licence"], attribution=entry["attribution"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from data_gen.pictures import PNG_LEVEL, Picture
+from mirage.data.picture_files import to_rgb
 from mirage.errors import UserError
+from mirage.safe_paths import open_regular
 
 VERSION = "1"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -17,6 +20,17 @@ MAX_FILE_BYTES = 64 * 2**20
 # A picture is refused by the size in its header, before a byte of it is unpacked.
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 100
+
+
+def read_picture_bytes(path: Path, *, where: str) -> bytes:
+    """A picture file's bytes, at most `MAX_FILE_BYTES`. Raises UserError naming `where` for what is no such file."""
+    try:
+        with open_regular(path) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            # `check_header` and `decode_picture` say what is wrong with so large a file.
+            return file.read() if num_bytes <= MAX_FILE_BYTES else file.read(MAX_FILE_BYTES + 1)
+    except (OSError, UserError) as error:
+        raise UserError(f"{where} cannot be read ({error})") from error
 
 
 def check_header(content: bytes, *, where: str) -> None:
@@ -33,7 +47,7 @@ def decode_picture(content: bytes, *, where: str, max_edge_pixels: int) -> Pictu
     """
     image = _opened(content, where=where)
     try:
-        rgb = _as_rgb(ImageOps.exif_transpose(image))
+        rgb = to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise many types on damaged files
         raise UserError(f"{where} cannot be decoded ({error}); replace or remove the file") from error
     longer = max(rgb.size)
@@ -71,15 +85,3 @@ def _opened(content: bytes, *, where: str) -> Image.Image:
     if num_frames != 1:
         raise UserError(f"{where} has {num_frames} frames or pages; save the one to use as a picture of its own")
     return image
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixel mode {image.mode} has no fixed range")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        colour = image.convert("RGBA")
-        paper = Image.new("RGBA", colour.size, (255, 255, 255, 255))
-        return Image.alpha_composite(paper, colour).convert("RGB")
-    return image.convert("RGB")

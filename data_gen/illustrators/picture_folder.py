@@ -18,7 +18,6 @@ hold captions for the retrieval.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -27,14 +26,15 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_gen.illustrators.base import NO_LICENCE
-from data_gen.illustrators.decode import SUFFIXES, VERSION, check_header, decode_picture
+from data_gen.illustrators.decode import SUFFIXES, VERSION, check_header, decode_picture, read_picture_bytes
 from data_gen.pictures import Picture
+from mirage.config.yaml_tree import read_plain_yaml
 from mirage.data.row import canonical_json
 from mirage.errors import UserError
+from mirage.strict_json import read_json_lines
 
 LICENCE_FILE = "library.yaml"
 CAPTIONS_FILE = "captions.jsonl"
@@ -181,9 +181,7 @@ def _read_licence_file(root: Path) -> _LicenceFile:
             "that every picture says who may use it"
         )
     try:
-        found = _LicenceFile.model_validate(yaml.safe_load(path.read_text("utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+        found = _LicenceFile.model_validate(read_plain_yaml(path, max_values=200_000) or {})
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from error
     twice = [e.file for e in found.pictures if sum(other.file == e.file for other in found.pictures) > 1]
@@ -203,13 +201,9 @@ def _read_captions(root: Path) -> dict[str, _FileEntry]:
     if not path.is_file():
         return {}
     found: dict[str, _FileEntry] = {}
-    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, value in read_json_lines(path, remedy="correct it"):
         try:
-            entry = _FileEntry.model_validate(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is no JSON object ({error.msg}); correct it") from error
+            entry = _FileEntry.model_validate(value)
         except ValidationError as error:
             raise UserError(f"{path}, line {number}: {_first_problem(error)}") from error
         if entry.file in found:
@@ -257,10 +251,7 @@ def _picture(root: Path, file: str, layers: list[_Terms]) -> FolderPicture:
         if not terms[name]:
             raise UserError(f"{file} has no {name}; add one to {LICENCE_FILE}")
     path = root / file
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from error
+    content = read_picture_bytes(path, where=file)
     check_header(content, where=file)
     names = next((layer.names for layer in layers if getattr(layer, "names", ())), None)  # type: ignore[attr-defined]
     return FolderPicture(

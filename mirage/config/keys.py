@@ -136,12 +136,18 @@ def all_keys(root: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple
             yield from all_keys(item, f"{key}.{ANY_INDEX}.")
 
 
+# Nothing longer is a key with a letter wrong, and the search takes time by its length.
+MAX_WORD_CHARS = 100
+
+
 def nearest_key(path: Sequence[str | int]) -> str | None:
     """The valid key that was most likely meant, or None.
 
     A name that other trainers use for it wins; then the smallest edit distance, on the whole key or on its last part.
     """
     indices = [str(part) for part in path if isinstance(part, int)]
+    if sum(len(str(part)) + 1 for part in path) > MAX_WORD_CHARS:
+        return None
     key = ".".join(ANY_INDEX if isinstance(part, int) else str(part) for part in path).replace("-", "_").lower()
     parent, _, last = key.rpartition(".")
     synonym = SYNONYMS.get(last)
@@ -172,6 +178,8 @@ def _with_indices(key: str, indices: list[str]) -> str:
 
 def nearest_word(word: str, words: Sequence[str]) -> str | None:
     """The word nearest to `word` by edit distance, else the first that contains it; None when none is near."""
+    if len(word) > MAX_WORD_CHARS:
+        return None
     best = min(words, key=lambda other: (edit_distance(word.lower(), other.lower()), other), default=None)
     if best is None or edit_distance(word.lower(), best.lower()) > max(2, 0.4 * len(word)):
         return next((other for other in words if word.lower() in other.lower()), None) if word else None

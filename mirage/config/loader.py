@@ -24,8 +24,9 @@ from mirage.config.values import (
     parse_scalar,
     strip_optional,
 )
-from mirage.config.yaml_tree import Node, YamlError, parse_yaml
+from mirage.config.yaml_tree import Node, YamlError, parse_yaml, read_yaml
 from mirage.errors import UserError
+from mirage.safe_paths import printable
 
 RECIPES_DIR = "recipes"
 _EXTENSIONS = (".yaml", ".yml", ".json")
@@ -36,6 +37,7 @@ _WEIGHTS = {
     "internvl": ("OpenGVLab/InternVL2_5-8B", "tiny_internvl_mis"),
     "qwen2_vl": ("Qwen/Qwen2-VL-7B-Instruct", "tiny_qwen2vl_mis"),
 }
+_MAX_SHOWN, _MAX_SHOWN_CHARS = 40, 200
 # Stands where a value was refused: validation reports the place again and the loader leaves that report out.
 _REFUSED = object()
 
@@ -82,7 +84,7 @@ def load_recipe(args: Sequence[str]) -> Recipe:
     if build.data.get("name", _REFUSED) is _REFUSED and ("name",) not in build.refused:
         build.data["name"] = file.stem
     if "run_dir" not in build.data:
-        build.data["run_dir"] = Path("runs") / str(build.data["name"])
+        build.data["run_dir"] = Path("runs") / str(build.data.get("name", file.stem))
     recipe = _validate(build)
     _add_unknown_problems(build)
     if recipe is None or build.problems:
@@ -173,7 +175,7 @@ def find_recipe(name: str) -> Path:
 
 
 def _first_comment(file: Path) -> str:
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("#") and line.strip("# "):
             return line.strip("# ").strip()
         if line.strip() and not line.startswith("#"):
@@ -212,13 +214,7 @@ def _parent(file: Path) -> Path | None:
 
 
 def _read(file: Path) -> dict[str, Node]:
-    try:
-        root = parse_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    except YamlError as error:
-        place = f"{file}:{error.line}" if error.line else str(file)
-        raise UserError(f"{place}: {error}") from None
+    root = read_yaml(file)
     if root is None:
         return {}
     if not isinstance(root.value, dict):
@@ -501,9 +497,18 @@ def _summary(key: str, build: _Build) -> str:
 def _report(problems: Sequence[Problem], recipe: str, num_overrides: int, *, subject: str = "recipe ") -> str:
     count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
     overrides = f" + {num_overrides} override{'s' if num_overrides != 1 else ''}" if num_overrides else ""
-    width = min(max(len(problem.where) for problem in problems), 44)
-    lines = [f"  {problem.where:<{width}}  {problem.message}" for problem in problems]
+    shown = [(f"{printable(problem.where):.{_MAX_SHOWN_CHARS}}", _short(problem.message)) for problem in problems]
+    width = min(max(len(where) for where, _ in shown), 44)
+    lines = [f"  {where:<{width}}  {message}" for where, message in shown[:_MAX_SHOWN]]
+    if len(shown) > _MAX_SHOWN:
+        lines.append(f"  and {len(shown) - _MAX_SHOWN} more")
     return "\n".join([f"{count} in {subject}{recipe}{overrides}", *lines, "Run with --help to list every key."])
+
+
+def _short(message: str) -> str:
+    """A problem's words in one line of bounded length; half surrogates of a command line as escapes."""
+    text = message.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 2 * _MAX_SHOWN_CHARS else f"{text[: 2 * _MAX_SHOWN_CHARS]} ..."
 
 
 def require_weights(recipe: Recipe) -> None:

@@ -1,53 +1,19 @@
-"""Pictures from disk to tensors: decoded, turned upright, made RGB, preprocessed by the adapter, kept while in use."""
+"""Pictures from disk to tensors: decoded, preprocessed by the adapter, kept while in use."""
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from mirage.errors import UserError
+from mirage.data.picture_files import open_picture as open_picture
+from mirage.data.picture_files import picture_size as picture_size
 from mirage.models.adapter import ModelAdapter, Picture
 
 if TYPE_CHECKING:
     from mirage.data.tile_cache import TileCache
-
-
-def open_picture(path: Path, *, content: bytes | None = None) -> Image.Image:
-    """An RGB image, EXIF rotation applied, transparency laid on white. Raises `UserError` for a file that is none.
-
-    `content` is the file's bytes, where the caller has read them.
-    """
-    try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                colour = upright.convert("RGBA")
-                paper = Image.new("RGBA", colour.size, (255, 255, 255, 255))
-                return Image.alpha_composite(paper, colour).convert("RGB")
-            return upright.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"image {path} is missing") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be decoded ({error}); restore the file") from error
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels of the upright picture, from its header. Raises `UserError` for a file that is none."""
-    try:
-        with Image.open(path) as image:
-            # Asking a PNG for EXIF decodes it whole; one that has any says so in its header.
-            has_exif = image.format != "PNG" or "exif" in image.info
-            lies_on_its_side = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return (image.height, image.width) if lies_on_its_side else (image.width, image.height)
-    except FileNotFoundError as error:
-        raise UserError(f"image {path} is missing; write the dataset again or unpack its images") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read ({error}); restore the file") from error
 
 
 class PictureSource(Protocol):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mirage.safe_paths import stays_inside
 
 SCHEMA_VERSION = 1
 
@@ -21,7 +22,7 @@ Split = Literal["train", "train_twins", "train_general", "easy", "hard", "real",
                 "train_contrast", "train_multi", "contrast", "multi", "line"]
 # fmt: on
 Decision = Literal["help", "caution", "refuse"]
-SHA256 = re.compile(r"^[0-9a-f]{64}$")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class _Strict(BaseModel):
@@ -52,16 +53,15 @@ class ImageRef(_Strict):
     @field_validator("path")
     @classmethod
     def _path_stays_inside(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or "\\" in value or not path.parts:
-            raise ValueError(f"must be a relative POSIX path inside the dataset folder, found {value!r}")
+        if not stays_inside(value):
+            raise ValueError(f"must be a relative POSIX path inside the dataset folder, found {value!r:.200}")
         return value
 
     @field_validator("sha256")
     @classmethod
     def _sha256_is_hex(cls, value: str) -> str:
-        if not SHA256.match(value):
-            raise ValueError(f"must be 64 lower-case hex digits, found {value!r}")
+        if not SHA256.fullmatch(value):
+            raise ValueError(f"must be 64 lower-case hex digits, found {value!r:.80}")
         return value
 
 

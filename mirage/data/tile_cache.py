@@ -12,11 +12,12 @@ import PIL
 import torch
 from PIL import features
 
-from mirage.data import pictures
+from mirage.data import picture_files, pictures
 from mirage.data.tensor_store import TensorStore, content_key
 from mirage.errors import UserError
 from mirage.files import cache_dir
 from mirage.models.adapter import ModelAdapter
+from mirage.safe_paths import open_regular
 
 _DECODERS = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "webp", "jpg_2000", "libtiff", "avif")
 
@@ -55,7 +56,8 @@ class TileCache:
 def read_picture(path: Path) -> bytes:
     """A picture file's bytes. Raises `UserError` where there are none."""
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"image {path} cannot be read: {error.strerror}") from error
 
@@ -69,7 +71,8 @@ def pixels_key(content: bytes, adapter: ModelAdapter, *, num_images: int) -> str
 @lru_cache(maxsize=8)
 def code_version(adapter_class: type[ModelAdapter]) -> str:
     """Changes with the code that opens and resizes pictures and with the libraries under it."""
-    sources = [inspect.getsource(sys.modules[name]) for name in (adapter_class.__module__, pictures.__name__)]
+    names = (adapter_class.__module__, pictures.__name__, picture_files.__name__)
+    sources = [inspect.getsource(sys.modules[name]) for name in names]
     return content_key(sources, PIL.__version__, {name: features.version(name) for name in _known(_DECODERS)})
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from mirage.strict_json import is_too_deep
+
 Structured = Literal["json_schema", "json_object", "prompt"]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -117,6 +119,8 @@ def extract_object(text: str) -> dict[str, Any]:
     it judges would otherwise let the quoted text choose the verdict.
     """
     text = _THOUGHTS.sub("", text)
+    if is_too_deep(text):
+        raise BadReply("The JSON is nested too deeply.", has_object=_OBJECT_START.search(text) is not None)
     decoder = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     found: list[dict[str, Any]] = []
     position = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mirage.endpoint.config import EndpointConfig
 from mirage.endpoint.faults import Answer, Diagnosis, TransientFault
 from mirage.errors import UserError
+from mirage.strict_json import parse_json
 
 Route = Literal["chat", "images"]
 # Local servers want no key, the client wants one.
@@ -46,6 +47,10 @@ class Transport:
 
         from mirage.endpoint.lanes import Lanes, needs_proxy
 
+        for name in ("openai", "httpx", "httpcore"):
+            # Their debug lines hold headers as they are, and a server may repeat the key in its own.
+            logger = logging.getLogger(name)
+            logger.setLevel(max(logger.level, logging.INFO))
         self._openai = openai
         self._diagnosis = diagnosis
         self._reply_type = httpx.Response
@@ -86,13 +91,14 @@ class Transport:
 
     def _read(self, body: bytes) -> Any:
         try:
-            reply = json.loads(body)
-        except (ValueError, RecursionError):
+            reply = parse_json(body, any_number=True)
+        except ValueError:
             return TransientFault("invalid_body", f"{len(body)} bytes that are not JSON", may_be_charged=True)
         if not isinstance(reply, dict) or reply.get("error"):
             detail = self._diagnosis.clean(str(reply.get("error") if isinstance(reply, dict) else reply))
             return TransientFault("invalid_body", f"no reply in the body: {detail}", may_be_charged=True)
-        return reply
+        # Answers and reasons are stored and shown, and a server may send back the key that it was sent.
+        return self._diagnosis.without_key(reply)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -102,8 +108,8 @@ class Transport:
 def _error_object(body: bytes) -> Mapping[str, Any]:
     """The error in a body, in OpenAI's form, vLLM's older one or FastAPI's; empty if there is none."""
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
+        found = parse_json(body, any_number=True)
+    except ValueError:
         return {}
     if not isinstance(found, dict):
         return {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mirage.errors import UserError
+from mirage.strict_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def _drop_torn_line(path: Path) -> None:
 
 def _parse(line: bytes, *, path: Path, number: int) -> Answer:
     try:
-        return Answer(**json.loads(line))
+        answer = Answer(**parse_json(line))
+        if not (isinstance(answer.key, str) and isinstance(answer.text, str) and isinstance(answer.num_tokens, int)):
+            raise TypeError("a field has the wrong type")
+        return answer
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: line {number} is damaged; delete the file to generate its answers again") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from mirage.model_card.write import refresh_cards_of
 from mirage.models.registry import find_weights, known_family, load_adapter
 from mirage.models.shipped import PREFIX, find_shipped
 from mirage.report.callback import report_run
+from mirage.strict_json import read_json_object
 from mirage.tracking.console import console_mode, make_console
 from mirage.training.checkpoint import NAME, ready_checkpoints
 
@@ -146,10 +146,7 @@ def recipe_of(run_dir: Path | None) -> dict[str, Any]:
     file = run_dir / "recipe.json" if run_dir is not None else None
     if file is None or not file.is_file():
         return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON ({error.msg}); the run folder is damaged") from error
+    return read_json_object(file, remedy="the run folder is damaged")
 
 
 def _newest_checkpoint(path: Path) -> Path | None:

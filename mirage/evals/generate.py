@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import GenerationConfig
 
-from mirage.data.pictures import open_picture, picture_size
+from mirage.data.picture_files import open_picture, picture_size
 from mirage.data.row import canonical_json
 from mirage.errors import UserError
 from mirage.evals.answers import Answer, AnswerStore

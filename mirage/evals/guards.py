@@ -18,6 +18,7 @@ from mirage.evals.statistics.levels import ALPHA
 from mirage.evals.statistics.multiplicity import GENERAL, adjust_p_values
 from mirage.evals.statistics.pooled import Pooled, match_rates
 from mirage.files import write_atomic
+from mirage.strict_json import read_json_object
 
 GUARDS_FILE = "guards.json"
 _DEGENERATE = "degenerate"
@@ -202,8 +203,8 @@ def read_alarms(folder: Path) -> list[Alarm]:
     if not path.is_file():
         return []
     try:
-        return [Alarm.model_validate(item) for item in json.loads(path.read_bytes())["alarms"]]
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        return [Alarm.model_validate(item, strict=True) for item in read_json_object(path)["alarms"]]
+    except (UserError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise UserError(f"{path} is damaged; delete it and evaluate the checkpoint again") from error
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from mirage.data.pictures import open_picture
+from mirage.data.picture_files import open_picture
 from mirage.data.row import ImagePart
 from mirage.endpoint.messages import PictureInput
 from mirage.errors import UserError
 from mirage.evals.task import Sample
 from mirage.files import file_sha256
+from mirage.safe_paths import open_regular
 
 # Types that servers take as they are (OpenAI, "Images and vision"; vLLM opens what Pillow opens).
 _SENT_AS_IT_IS = {"JPEG": "image/jpeg", "WEBP": "image/webp"}
@@ -43,9 +44,10 @@ def picture_inputs(sample: Sample) -> list[PictureInput]:
 def _picture_input(sample: Sample, index: int) -> PictureInput:
     path = sample.image_paths[index]
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"sample {sample.id}: image {path} cannot be read ({error.strerror})") from error
+        with open_regular(path) as file:
+            content = file.read()
+    except (OSError, UserError) as error:
+        raise UserError(f"sample {sample.id}: image {path} cannot be read ({error})") from error
     expected = sample.image_sha256[index] if sample.image_sha256 else None
     if expected is not None and hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{path}: sample {sample.id}: the file is not the one its row names (sha256 differs)")
@@ -66,7 +68,7 @@ def _media_type(content: bytes) -> str | None:
             # Servers differ in whether they turn a photograph by its EXIF; evaluation in process does.
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             return None if turned else _SENT_AS_IT_IS.get(image.format or "")
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # decoders raise many types on damaged files; what is wrong is said where they are decoded
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from mirage.evals.tasks import find_tasks
 from mirage.evals.vllm_generation import VllmDecoding
 from mirage.files import file_sha256
 from mirage.models.registry import find_weights
+from mirage.strict_json import read_json_object
 from mirage.training.checkpoint import NAME, READY
 
 
@@ -169,10 +169,10 @@ def weights_fingerprint(checkpoint: Path) -> str:
     Raises `UserError` for a checkpoint folder that was never completed or holds no weights.
     """
     if (checkpoint / READY).is_file():
-        try:
-            return str(json.loads((checkpoint / READY).read_text(encoding="utf-8"))["fingerprint"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{checkpoint / READY} names no fingerprint; the checkpoint is damaged") from error
+        found = read_json_object(checkpoint / READY, remedy="the checkpoint is damaged").get("fingerprint")
+        if not isinstance(found, str):
+            raise UserError(f"{checkpoint / READY} names no fingerprint; the checkpoint is damaged")
+        return found
     if NAME.match(checkpoint.name) and checkpoint.is_dir():
         raise UserError(f"{checkpoint} has no {READY}: it was never finished; start the run again to write it anew")
     folder = find_weights(checkpoint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from mirage.evals.statistics.pooled import Pooled
 from mirage.evals.vllm_generation import VllmDecoding
 from mirage.files import write_atomic
 from mirage.models.adapter import PreprocessingSpec, ProcessorSpec
+from mirage.strict_json import read_json_lines, read_json_object
 
 RESULTS_FILE = "results.json"
 SAMPLES_FILE = "samples.jsonl"
@@ -97,25 +97,23 @@ def read_results(path: Path) -> Results:
     path = path / RESULTS_FILE if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no evaluation results at {path}")
-    content = path.read_bytes()
-    _check_version(content, path)
+    _check_version(read_json_object(path, remedy="run the evaluation again"), path)
     try:
-        return Results.model_validate_json(content)
+        # Strict: a text is never taken for a number, and so "NaN" for none.
+        return Results.model_validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path} is not a results file of this version ({where}: {first['msg']})") from error
 
 
-def _check_version(content: bytes, path: Path) -> None:
-    with contextlib.suppress(ValueError):
-        fields = json.loads(content)
-        version = fields.get("schema_version") if isinstance(fields, dict) else None
-        if isinstance(version, int) and version != SCHEMA_VERSION:
-            raise UserError(
-                f"{path} has results of version {version} and this program reads version {SCHEMA_VERSION}; run the "
-                "evaluation again into this folder: its answers are kept, so nothing is generated twice"
-            )
+def _check_version(fields: Mapping[str, Any], path: Path) -> None:
+    version = fields.get("schema_version")
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has results of version {version} and this program reads version {SCHEMA_VERSION}; run the "
+            "evaluation again into this folder: its answers are kept, so nothing is generated twice"
+        )
 
 
 def write_results(folder: Path, results: Results) -> None:
@@ -135,13 +133,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     path = folder / SAMPLES_FILE
     if not path.is_file():
         raise UserError(f"no {SAMPLES_FILE} in {folder}; run the evaluation again")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is damaged ({error.msg}); run the evaluation again") from error
-    return rows
+    return [row for _, row in read_json_lines(path, remedy="run the evaluation again")]
 
 
 def read_first(folder: Path, results: Results) -> Results | None:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
 from mirage.config.schema import EvalConfig
 from mirage.errors import UserError
 from mirage.files import write_atomic
+from mirage.strict_json import read_json_object
 from mirage.training.checkpoint import LEASE_SUFFIX, WAITING_LEASE, checkpoint_name
 
 STATE_FILE = "state.json"
@@ -71,12 +72,19 @@ def _write(run_dir: Path, job: Job) -> None:
 def read_job(run_dir: Path, step: int) -> Job | None:
     """The evaluation of a step's checkpoint, or None where none was asked for. Raises `UserError` if damaged."""
     path = results_dir(run_dir, step) / STATE_FILE
-    try:
-        return Job(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except (ValueError, TypeError) as error:
+    try:
+        return _job(read_json_object(path, remedy=""))
+    except (UserError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, and start the run or the worker again") from error
+
+
+def _job(fields: dict[str, Any]) -> Job:
+    job = Job(**fields)
+    if not isinstance(job.step, int) or job.tier not in get_args(Tier) or job.state not in get_args(State):
+        raise ValueError("a field has a value that no evaluation has")
+    return job
 
 
 def all_jobs(run_dir: Path) -> list[Job]:

@@ -186,7 +186,7 @@ def _with_pictures(sample: Sample, order: Sequence[int]) -> Sample:
 
 def _blank(sample: Sample, colour: str, index: int | None) -> Sample | None:
     """Picture `index`, or every one, in one colour and of its own size."""
-    from mirage.data.pictures import picture_size  # loads torch, which a list of tasks does not need
+    from mirage.data.picture_files import picture_size
 
     count = len(sample.image_paths)
     if count == 0 or (index is not None and index >= count):

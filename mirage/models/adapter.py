@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mirage.data.row import ImagePart, Message
 from mirage.errors import UserError
+from mirage.strict_json import read_json
 
 IGNORE_INDEX = -100
 SPEC_FILE = "mirage_preprocessing.json"
@@ -45,7 +46,7 @@ class PreprocessingSpec(BaseModel):
         """The folder's spec, or None when it has none (weights that MIRage did not write)."""
         path = folder / SPEC_FILE
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+            return cls.model_validate(read_json(path)) if path.exists() else None
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "file"

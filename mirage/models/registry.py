@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -19,8 +19,10 @@ from mirage.models.internvl import InternVLAdapter, check_internvl_config
 from mirage.models.qwen2_vl import Qwen2VLAdapter
 from mirage.models.shipped import PREFIX, find_shipped
 from mirage.models.strict_loading import load_peft, load_whole
+from mirage.strict_json import read_json_object
 
 # transformers' model_type -> (adapter, model class). A new family is one line here and one file beside this one.
+LOGGER = logging.getLogger(__name__)
 FAMILIES: dict[str, tuple[type[ModelAdapter], Any]] = {
     "internvl": (InternVLAdapter, InternVLForConditionalGeneration),
     "qwen2_vl": (Qwen2VLAdapter, Qwen2VLForConditionalGeneration),
@@ -70,21 +72,30 @@ def load_adapter(
     """
     weights, folder = folder, base_folder(folder)
     raw = _read_json(folder / "config.json")
-    if raw.get("model_type") not in FAMILIES:
+    if _model_type(raw) not in FAMILIES:
         raise _unknown(folder, raw)
     config = _read_config(folder)
     adapter_class, _ = FAMILIES[config.model_type]
     # Weights alone load too: the model runs, only text cannot be rendered.
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code) if has_tokenizer else None
+    tokenizer = _read_tokenizer(folder, trust_remote_code=trust_remote_code) if has_tokenizer else None
     # An adapter folder carries the spec it was trained with; its base may have another, or none.
     spec = _spec(adapter_class.family, weights if PreprocessingSpec.load(weights) else folder, config, preprocessing)
     return adapter_class(tokenizer, config, spec)
 
 
+def _read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer: transformers' own class, or with `trust_remote_code` the one that its files bring."""
+    file = folder / "tokenizer_config.json"
+    code = _read_json(file).get("auto_map") if trust_remote_code and file.is_file() else None
+    if code:
+        LOGGER.warning("%s: model.trust_remote_code=true runs code that came with the weights (%s)", folder, code)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=bool(code))
+
+
 def known_family(folder: Path) -> str | None:
     """The family of a weights folder, None where MIRage has no adapter of its own for it."""
-    model_type = _read_json(base_folder(folder) / "config.json").get("model_type")
+    model_type = _model_type(_read_json(base_folder(folder) / "config.json"))
     return FAMILIES[model_type][0].family if model_type in FAMILIES else None
 
 
@@ -108,7 +119,7 @@ def _unknown(folder: Path, raw: dict[str, Any]) -> UserError:
             f"MIRage trains {known}"
         )
     code = ", and it asks for remote code (auto_map), which MIRage does not run" if raw.get("auto_map") else ""
-    return UserError(f"{folder / 'config.json'}: model_type {model_type!r} is not one of {known}{code}")
+    return UserError(f"{folder / 'config.json'}: model_type {model_type!r:.80} is not one of {known}{code}")
 
 
 @overload
@@ -164,7 +175,7 @@ def load_model(
     if evaluation:
         from mirage.models.generic import is_known, load_generic
 
-        model_type = _read_json(base_folder(folder) / "config.json").get("model_type")
+        model_type = _model_type(_read_json(base_folder(folder) / "config.json"))
         if model_type not in FAMILIES and is_known(str(model_type)):
             config = _read_config(base_folder(folder))
             return load_generic(folder, config=config, dtype=dtype, device=device)
@@ -218,16 +229,14 @@ def _edge(size: Any) -> int:
     return size[0] if isinstance(size, (list, tuple)) else size
 
 
+def _model_type(config: dict[str, Any]) -> str:
+    """The family's name in a config; empty for one that names none."""
+    found = config.get("model_type")
+    return found if isinstance(found, str) else ""
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
+    return read_json_object(path, remedy="fetch it again", any_number=True)
 
 
 def _download(name: str, revision: str | None) -> Path:

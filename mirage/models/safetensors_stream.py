@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mirage.errors import UserError
+from mirage.safe_paths import is_file
+from mirage.strict_json import read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -81,7 +83,9 @@ class TensorFolder:
             return
         for key, name in read_json(index)["weight_map"].items():
             if self.file_of.get(key) != name:
-                raise UserError(f"{index}: lists tensor {key!r} in {name}, which does not hold it; fetch both again")
+                raise UserError(
+                    f"{index}: lists tensor {key!r:.200} in {name!r:.200}, which does not hold it; fetch both again"
+                )
 
     def _handle(self, name: str) -> Any:
         # One file is open at a time: mapped pages of closed files do not count as this process's memory.
@@ -192,9 +196,9 @@ def _weight_files(folder: Path) -> list[str]:
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{index}: names {name!r}; shards must be .safetensors files beside the index")
-            if not (folder / name).is_file():
-                raise UserError(f"{folder}: shard {name} is missing, though {INDEX_FILE} lists it; fetch it again")
+                raise UserError(f"{index}: names {name!r:.200}; shards must be .safetensors files beside the index")
+            if not is_file(folder / name):
+                raise UserError(f"{folder}: shard {name:.200} is missing, though {INDEX_FILE} lists it; fetch it again")
         return names
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(names) > 1:
@@ -212,15 +216,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `UserError` when it is missing, damaged or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, found {type(value).__name__}")
-    return value
+    return read_json_object(path, remedy="fetch it again", any_number=True)
 
 
 def write_synced(path: Path, text: str) -> None:

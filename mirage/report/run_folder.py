@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from mirage.errors import UserError
 from mirage.evals.guards import Alarm, read_alarms
 from mirage.evals.results import RESULTS_FILE, Results, read_results, read_samples
+from mirage.strict_json import read_json_object
 from mirage.tracking.mirror import MIRROR_NAME, read_metrics
 from mirage.tracking.redact import redact
 from mirage.tracking.run import SUMMARY_NAME
@@ -114,15 +114,7 @@ def _read_run(folder: Path, name: str) -> Run:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is no file. Raises `UserError` for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it from a copy, or delete it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; restore it from a copy, or delete it")
-    return value
+    return read_json_object(path, remedy="restore it from a copy, or delete it") if path.is_file() else {}
 
 
 def _wrong_field(row: Any) -> str | None:

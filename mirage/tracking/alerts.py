@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mirage.config.schema import AlertsConfig
+from mirage.strict_json import parse_json
 from mirage.tracking.mirror import is_finite
 from mirage.tracking.redact import redact
 
@@ -112,7 +113,7 @@ def _read(path: Path) -> list[Alert]:
     found = []
     for line in content.splitlines():
         try:
-            found.append(Alert(**json.loads(line)))
+            found.append(Alert(**parse_json(line)))
         except (ValueError, TypeError):
             continue
     return found

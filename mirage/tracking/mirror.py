@@ -12,6 +12,7 @@ from typing import Any
 
 from mirage.errors import UserError
 from mirage.files import write_atomic
+from mirage.strict_json import parse_json
 
 MIRROR_NAME = "metrics.jsonl"
 REWOUND_NAME = "metrics.rewound.jsonl"
@@ -132,7 +133,7 @@ def _cut_torn_tail(path: Path) -> None:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     valid = isinstance(record, dict) and isinstance(record.get("axis"), str) and isinstance(record.get("step"), int)

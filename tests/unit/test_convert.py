@@ -248,8 +248,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no_index": (lambda folder: (folder / "model.safetensors.index.json").unlink(), r"3 safetensors files and no"),
     "pickle": (to_pickle, r"pickle checkpoint \(pytorch_model\.bin\)"),
-    "no_config": (lambda folder: (folder / "config.json").unlink(), r"config\.json: cannot be read"),
-    "bad_json": (lambda folder: (folder / "config.json").write_text("{,"), r"config\.json: is not valid JSON"),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
+    "bad_json": (lambda folder: (folder / "config.json").write_text("{,"), r"config\.json:1: not valid JSON"),
     "unknown_language_model": (
         edit_config(
             lambda config: config["llm_config"].update(architectures=["Other"], auto_map={"AutoModel": "other.Other"})

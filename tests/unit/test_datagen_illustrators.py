@@ -576,9 +576,9 @@ def plant_bad_caption(folder: Path) -> None:
         (plant_bomb, r"bomb\.png has far more than"),
         (plant_missing, r"lists gone\.png, which is no picture of the folder"),
         (plant_unknown_key, r"license: Extra inputs"),
-        (plant_bad_yaml, r"no valid YAML"),
+        (plant_bad_yaml, r"not valid YAML"),
         (plant_fifo, r"pipe\.png is no regular file"),
-        (plant_bad_caption, r"captions\.jsonl, line 2 is no JSON object"),
+        (plant_bad_caption, r"captions\.jsonl:2: not valid JSON"),
     ],
 )
 def test_a_bad_library_is_refused_with_one_message(tmp_path, plant, found):

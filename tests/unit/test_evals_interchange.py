@@ -214,7 +214,7 @@ def test_answers_to_more_questions_are_told(
         ("a.txt", "x", "ends in .tsv, .xlsx, .json, .jsonl; found .txt"),
         ("a.json", "{}", "expected a list of records, found dict"),
         ("a.json", "[1]", "record 0: must be a JSON object"),
-        ("a.jsonl", '{"question": "q", "response": "r"}\n{"quest', "line 2: not complete JSON"),
+        ("a.jsonl", '{"question": "q", "response": "r"}\n{"quest', "jsonl:2: not valid JSON"),
         ("a.jsonl", '{"question": "q", "response": null}', "response must be text, found None"),
         ("a.jsonl", '{"answer": "q"}', "VLMEvalKit's predictions have index and prediction"),
         ("a.jsonl", "", "holds no answers"),

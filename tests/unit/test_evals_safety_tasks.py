@@ -183,7 +183,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     ("vlsbench", change("data.json", lambda v: v[1].update(image_path="imgs\\0.png")), "relative path"),
     ("vlsbench", change("data.json", lambda v: v[1].update(instruction_id=0)), "record 1: id '0' occurs twice"),
     ("vlsbench", change("data.json", list.clear), "has no rows for it"),
-    ("vlsbench", lambda home: (home / "data.json").write_text("[{"), "data.json: not complete JSON at line 1"),
+    ("vlsbench", lambda home: (home / "data.json").write_text("[{"), r"data\.json:1: not valid JSON"),
     ("vlsbench", lambda home: (home / "data.json").write_text("[3]"), "record 0: must be a JSON object, found 3"),
     ("siuo_gen", change("data/siuo_gen.json", lambda v: v[1].pop("safety_warning")), "no key 'safety_warning'"),
     (
@@ -210,7 +210,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     ("mmsafeaware", lambda home: (home / "data/prompt.txt").write_text("hello"), "expected blocks that begin"),
     ("mmsafeaware", lambda home: (home / "data/prompt.txt").write_text("1\n\n2\nAsk"), "line 1: block 1 has no prompt"),
     ("mossbench", change(INFO, lambda v: v["3"]["metadata"].update(over="type 9")), "entry '3'.*'type 9'"),
-    ("mossbench", lambda home: (home / INFO).write_bytes(b"\xff\xfe{}"), r"not UTF-8 text \(byte 0\)"),
+    ("mossbench", lambda home: (home / INFO).write_bytes(b"\xff\xfe{}"), r"no UTF-8 text: .* at byte 0"),
 ]
 
 

@@ -97,8 +97,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"'other' is not one of .* asks for remote code \(auto_map\), which MIRage does not run",
     ),
     "no_config": (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json"),
-    "no_json": (lambda folder: (folder / "config.json").write_text("{,"), r"config\.json is not valid JSON"),
-    "no_object": (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json holds no JSON object"),
+    "no_json": (lambda folder: (folder / "config.json").write_text("{,"), r"config\.json:1: not valid JSON"),
+    "no_object": (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: must hold a JSON object"),
     "strange_config": (
         edit_json("config.json", lambda config: config.update(text_config=3)),
         r"config\.json: is not a usable config",

@@ -368,7 +368,7 @@ def test_broken_files(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             rows(put(tmp_path / name, b"{broken"), "sharegpt")
-    with pytest.raises(UserError, match=r"a\.json: not valid UTF-8"):
+    with pytest.raises(UserError, match=r"a\.json:1: not valid JSON \(no UTF-8 text"):
         rows(put(tmp_path / "a.json", b'["\xff"]'), "sharegpt")
     with pytest.raises(UserError, match=r"a\.json: must hold a JSON array of records, found dict"):
         rows(put(tmp_path / "a.json", {}), "sharegpt")

@@ -403,14 +403,14 @@ def damage(folder: Path, name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("evals/step-000120/results.json", "{", "results.json is not a results file"),
-        ("evals/step-000120/samples.jsonl", "{\n", "samples.jsonl: line 1 is damaged"),
+        ("evals/step-000120/results.json", "{", "results.json:1: not valid JSON"),
+        ("evals/step-000120/samples.jsonl", "{\n", "samples.jsonl:1: not valid JSON"),
         ("evals/step-000120/samples.jsonl", "{}\n", "line 1 has no text 'task'"),
         ("evals/step-000120/samples.jsonl", "[]\n", "line 1 is no JSON object"),
         ("evals/step-000120/guards.json", "{}", "guards.json is damaged"),
         ("metrics.jsonl", "nonsense\n", "metrics.jsonl, line 1"),
-        ("recipe.json", "[]", "recipe.json holds no JSON object"),
-        ("summary.json", "{", "summary.json is damaged"),
+        ("recipe.json", "[]", "recipe.json: must hold a JSON object"),
+        ("summary.json", "{", "summary.json:1: not valid JSON"),
     ],
 )
 def test_a_damaged_file_is_one_message_and_the_old_report_stays(

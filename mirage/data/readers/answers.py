@@ -9,7 +9,7 @@ from mirage.config.schema import ColumnsConfig
 from mirage.data.readers.build import build_pair
 from mirage.data.readers.entry import Passed, SourcedRow
 from mirage.data.readers.images import image_list
-from mirage.data.readers.records import Record
+from mirage.data.readers.records import Record, field_names
 from mirage.errors import UserError
 
 SAFE_WORDS, UNSAFE_WORDS = ("yes", "true", "safe", "1"), ("no", "false", "unsafe", "0")
@@ -53,7 +53,7 @@ def read_table(record: Record, columns: ColumnsConfig) -> Iterator[SourcedRow]:
     category = record.text(columns.category) if columns.category is not None else "General"
     if columns.image is not None and columns.image not in record.value:
         raise UserError(
-            f"{record.location}: has no {columns.image!r}; its fields are {', '.join(record.value)}; set "
+            f"{record.location}: has no {columns.image!r}; its fields are {field_names(record.value)}; set "
             "columns.image to the pictures' column, or to null for a table of text"
         )
     images = image_list(record, columns.image) if columns.image is not None else []

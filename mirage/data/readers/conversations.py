@@ -9,7 +9,7 @@ from typing import Any
 from mirage.data.readers.build import IMAGE_MARK, REFUSED_FOR_TEXT, Role, Turn, build_row
 from mirage.data.readers.entry import SourcedRow
 from mirage.data.readers.images import image_list
-from mirage.data.readers.records import Record
+from mirage.data.readers.records import Record, field_names
 from mirage.errors import UserError
 
 SHAREGPT_ROLES: dict[str, Role] = {
@@ -69,7 +69,7 @@ def read_messages(record: Record) -> Iterator[SourcedRow]:
     """
     messages = record.value.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{record.location}: has no 'messages' list; its fields are {', '.join(record.value)}")
+        raise UserError(f"{record.location}: has no 'messages' list; its fields are {field_names(record.value)}")
     turns = [_message_turn(message, record) for message in messages]
     yield build_row(record, turns, image_list(record, "images", "image"))
 

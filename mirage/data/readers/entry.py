@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from mirage.data.row import Row
 
+MAX_PROBLEMS = 5
+
 
 @dataclass(frozen=True)
 class SourcedRow:
@@ -19,6 +21,8 @@ class SourcedRow:
     location: str
     source: str = "train"
     weight: float = 1.0
+    line: int | None = None
+    """Its line in the file, from 1, where it can be read again by that."""
 
     @property
     def image_paths(self) -> list[Path]:
@@ -36,11 +40,12 @@ class Passed:
 
 
 def explain(error: ValidationError) -> str:
-    """A pydantic error as one line: field, what is wrong, what was found."""
+    """A pydantic error as one line: field, what is wrong, what was found; of many problems the first few."""
     problems = []
-    for item in error.errors(include_url=False):
-        place = ".".join(str(part) for part in item["loc"]) or "row"
+    for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
+        place = f"{'.'.join(str(part) for part in item['loc']) or 'row':.120}"
         message = item["msg"].removeprefix("Value error, ")
         found = "" if item["type"] in ("value_error", "missing") else f", found {str(item['input'])[:80]!r}"
         problems.append(f"{place}: {message}{found}")
-    return "; ".join(problems)
+    num_more = error.error_count() - len(problems)
+    return "; ".join(problems) + (f"; and {num_more} more" if num_more else "")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from mirage.data.pictures import picture_size
+from mirage.data.picture_files import picture_format, picture_size
 from mirage.data.readers.records import Record
 from mirage.data.row import ImageRef, ImageSource
 from mirage.errors import UserError
-from mirage.files import cache_dir
+from mirage.files import cache_dir, file_sha256
+from mirage.safe_paths import is_file, stays_inside
 
 AS_PUBLISHED = "as published"
 # Pillow's name of a format -> file ending. A picture inside a data file has no ending of its own that can be trusted.
@@ -74,23 +72,20 @@ def _plain(value: Any) -> Any:
 
 def _embedded(content: bytes, record: Record) -> ImageRef:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            ending = ENDINGS.get(image.format or "", "")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{record.location}: a picture of {len(content)} bytes cannot be read ({error})") from error
-    if not ending:
-        raise UserError(f"{record.location}: a picture is in a format that is not taken; use {', '.join(ENDINGS)}")
+        ending = ENDINGS[picture_format(content)]
+    except UserError as error:
+        raise UserError(f"{record.location}: {error}") from error
     return _reference(unpacked_dir(), unpack(content, ending=ending), record)
 
 
 def _beside(name: Any, record: Record) -> ImageRef:
     if not isinstance(name, str) or not name:
         raise UserError(f"{record.location}: a picture must be a path or embedded bytes, found {name!r:.80}")
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise UserError(f"{record.location}: image path {name!r} must be relative and stay inside {record.root}")
-    if not (record.root / name).is_file():
+    if not stays_inside(name):
+        raise UserError(f"{record.location}: image path {name!r:.200} must be relative and stay inside {record.root}")
+    if not is_file(record.root / name):
         raise UserError(
-            f"{record.location}: image {name} is missing in {record.root}; unpack the pictures there, or set the "
+            f"{record.location}: image {name:.200} is missing in {record.root}; unpack the pictures there, or set the "
             "source's image_dir to the folder that image paths start from"
         )
     return _reference(record.root, PurePosixPath(name).as_posix(), record)
@@ -104,7 +99,7 @@ def _reference(root: Path, relative: str, record: Record) -> ImageRef:
         raise UserError(f"{record.location}: {error}") from error
     return ImageRef(
         path=relative,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=file_sha256(path),
         width=width,
         height=height,
         source=ImageSource(kind="user", generator=AS_PUBLISHED),

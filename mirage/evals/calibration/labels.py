@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
+
+from mirage.data.readers.entry import explain
 from mirage.errors import UserError
 from mirage.evals.calibration.sheet import KEY_SUFFIX, KEY_VERSION
+from mirage.safe_paths import open_regular
+from mirage.strict_json import read_json_object
 
 UNSURE = "unsure"
 _LABEL = "label"
@@ -112,13 +117,36 @@ def _find_key(sheet: Path) -> Path:
 def _read_key(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no key at {path}; the sheet's export wrote it beside the sheet")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not a key ({error}); export the sheet again") from error
-    if not isinstance(content, dict) or content.get("schema_version") != KEY_VERSION:
+    content = read_json_object(path, remedy="export the sheet again")
+    if content.get("schema_version") != KEY_VERSION:
         raise UserError(f"{path}: not a key of version {KEY_VERSION}; export the sheet again")
+    try:
+        key = _Key.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: not a key ({explain(error)}); export the sheet again") from error
+    strata = {(item.source, item.task, item.verdict) for item in key.strata}
+    for name, item in key.items.items():
+        if item.task not in key.options or (item.source, item.task, item.verdict) not in strata:
+            raise UserError(f"{path}: item {name!r:.80} is of no task or stratum of the key; export the sheet again")
     return content
+
+
+class _KeyItem(BaseModel):
+    source: str
+    task: str
+    verdict: str
+
+
+class _KeyStratum(_KeyItem):
+    size: int = Field(ge=0)
+    drawn: int = Field(ge=0)
+
+
+class _Key(BaseModel):
+    options: dict[str, list[str]]
+    items: dict[str, _KeyItem]
+    strata: list[_KeyStratum]
+    sources: dict[str, dict[str, Any]]
 
 
 def _read_labels(
@@ -127,31 +155,48 @@ def _read_labels(
     """The labels in one file by labeller and item."""
     if not path.is_file():
         raise UserError(f"no sheet at {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; save the sheet as CSV in UTF-8") from error
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    names = {column: _labeller(column, path) for column in reader.fieldnames or () if _is_label(column)}
-    if "item" not in (reader.fieldnames or ()) or not names:
+    rows = list(_table(path))
+    header = list(rows[0][1]) if rows else []
+    names = {column: _labeller(column, path) for column in header if _is_label(column)}
+    if "item" not in header or not names:
         raise UserError(f"{path}: the first line must have the columns 'item' and {_LABEL!r} or '{_LABEL}_NAME'")
     found: dict[str, dict[str, str]] = {name: {} for name in names.values()}
-    for row in reader:
-        item, where = row["item"], f"{path}: line {reader.line_num}"
+    for line, row in rows[1:]:
+        item, where = row.get("item") or "", f"{path}: line {line}"
         if item not in items:
-            raise UserError(f"{where}: item {item!r} is not in the key; is it the key of this sheet?")
+            raise UserError(f"{where}: item {item!r:.80} is not in the key; is it the key of this sheet?")
         for column, name in names.items():
-            label = (row[column] or "").strip().casefold()
+            label = row.get(column, "").strip().casefold()
             if not label or label == UNSURE:
                 continue
             known = {option.casefold(): option for option in options[items[item]["task"]]}
             if label not in known:
                 choices = ", ".join(known.values())
-                raise UserError(f"{where}: {column} is {row[column]!r}; use one of {choices}, {UNSURE!r} or nothing")
+                given = f"{row[column]!r:.80}"
+                raise UserError(f"{where}: {column} is {given}; use one of {choices}, {UNSURE!r} or nothing")
             if item in found[name]:
                 raise UserError(f"{where}: item {item} occurs twice")
             found[name][item] = known[label]
     return found
+
+
+def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, cells by column) of a sheet; the first is the header itself. Rows may lack their last cells."""
+    with open_regular(path) as file:
+        content = file.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; save the sheet as CSV in UTF-8") from error
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        header = next(reader, [])
+        yield 1, dict(zip(header, header, strict=True))
+        for cells in reader:
+            if cells:
+                yield reader.line_num, dict(zip(header, cells, strict=False))
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: {error}; save the sheet again") from error
 
 
 def _is_label(column: str | None) -> bool:

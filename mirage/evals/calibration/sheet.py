@@ -12,7 +12,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from mirage.data.pictures import picture_size
+from mirage.data.picture_files import picture_size
 from mirage.errors import UserError
 from mirage.evals.calibration.population import Judged, draw_sample, label_options, read_population
 from mirage.evals.results import Results

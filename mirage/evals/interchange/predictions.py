@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from typing import Any, Literal
 from mirage.errors import UserError
 from mirage.evals.task import Sample
 from mirage.evals.tasks.tsv import MAX_CELL_CHARS
+from mirage.safe_paths import open_regular
+from mirage.strict_json import read_json, read_json_lines
 
 Tool = Literal["vlmevalkit", "mis", "lmms-eval"]
 # vlmeval/smp/file.py INFER_FAIL_MSG: stands in the cell where the model's answer never came.
@@ -114,7 +116,7 @@ def _same(one: Prediction, other: Prediction) -> bool:
 def _tsv_records(path: Path) -> Iterator[_Record]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARS))
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.DictReader(file, delimiter="\t"), start=1):
                 if None in row or None in row.values():
                     raise UserError(f"{path}: row {number}: the number of cells is not the header's")
@@ -137,12 +139,12 @@ def _xlsx_records(path: Path) -> Iterator[_Record]:
         header = [str(name) for name in next(rows, ())]
         for number, values in enumerate(rows, start=1):
             yield dict(zip(header, values, strict=False)), f"{path}: row {number}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # zip, XML and openpyxl raise many types on damaged files
         raise UserError(f"{path} cannot be read as xlsx ({str(error)[:100]})") from error
 
 
 def _json_records(path: Path) -> Iterator[_Record]:
-    value = _parsed(path.read_bytes(), where=str(path))
+    value = read_json(path, remedy="write the file again")
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a list of records, found {type(value).__name__}")
     for number, record in enumerate(value):
@@ -150,17 +152,9 @@ def _json_records(path: Path) -> Iterator[_Record]:
 
 
 def _jsonl_records(path: Path) -> Iterator[_Record]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            yield _object(_parsed(line, where=where), where), where
-
-
-def _parsed(content: bytes, *, where: str) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{where}: not complete JSON ({error}); a killed run leaves a cut line: remove it") from error
+    for number, value in read_json_lines(path, remedy="a killed run leaves a cut line: remove it"):
+        where = f"{path}: line {number}"
+        yield _object(value, where), where
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -213,6 +207,8 @@ def _mis(record: dict[str, Any], where: str, number: int) -> Prediction:
     response = record.get("response")
     if not isinstance(response, str):
         raise UserError(f"{where}: response must be text, found {response!r:.60}")
+    if "question" not in record:
+        raise UserError(f"{where}: has no question")
     key = _id_of(record["id"], where) if "id" in record else str(number)
     return Prediction(key, response, where, question=str(record["question"]))
 
@@ -226,7 +222,8 @@ def _lmms_eval(record: dict[str, Any], where: str, number: int) -> Prediction:
         value = value[0]
     if not isinstance(value, str):
         raise UserError(f"{where}: one answer is needed, found {value!r:.60}")
-    return Prediction(_id_of(doc["id"], where), value, where, question=doc.get("question"))
+    question = doc.get("question")
+    return Prediction(_id_of(doc["id"], where), value, where, question=None if question is None else str(question))
 
 
 _MAKERS: dict[Tool, Callable[[dict[str, Any], str, int], Prediction]] = {

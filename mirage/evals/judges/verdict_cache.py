@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mirage.strict_json import parse_json
+
 Kind = Literal["reply", "schema", "refusal", "content_filter", "transient"]
 # Failures that another call may well not meet; they are never written.
 TRANSIENT = "transient"
@@ -54,7 +56,7 @@ class VerdictCache:
         if line is None:
             return None
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             said = Said(record["kind"], record["text"])
         except (ValueError, KeyError, TypeError):
             return None

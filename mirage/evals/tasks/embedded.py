@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
+from mirage.data.picture_files import picture_format
 from mirage.errors import UserError
 from mirage.files import cache_dir, sync
 
@@ -52,11 +50,9 @@ def decode_base64(text: str, *, where: str) -> bytes:
 
 def _extension(content: bytes, *, where: str) -> str:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            kind = image.format or ""
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: {len(content)} bytes that are no picture; download the file again") from error
-    return _EXTENSIONS.get(kind, kind.lower() or "img")
+        return _EXTENSIONS[picture_format(content)]
+    except UserError as error:
+        raise UserError(f"{where}: {len(content)} bytes that are no picture ({error}); download it again") from error
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ from mirage.errors import UserError
 from mirage.evals.task import Sample
 from mirage.evals.tasks.embedded import KeptPicture
 from mirage.evals.tasks.tsv import EXCHANGED
+from mirage.strict_json import JsonError, parse_json
 
 
 class ExchangedSample(BaseModel):
@@ -52,10 +53,12 @@ def dump_sample(sample: Sample) -> str:
 def load_sample(cell: str, *, key: str, pictures: Sequence[KeptPicture | Path], where: str) -> Sample:
     """The sample of a cell with its pictures. Raises `UserError` for a cell of another version or a damaged one."""
     try:
-        fields = ExchangedSample.model_validate_json(cell)
+        fields = ExchangedSample.model_validate(parse_json(cell))
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: column {EXCHANGED} is damaged ({first['msg']}); export the task again") from error
+    except JsonError as error:
+        raise UserError(f"{where}: column {EXCHANGED} is damaged ({error}); export the task again") from error
     marks = [part.index for message in fields.messages for part in message.content if isinstance(part, ImagePart)]
     if sorted(set(marks)) != list(range(len(pictures))):
         raise UserError(f"{where}: {len(pictures)} pictures, and column {EXCHANGED} marks {sorted(set(marks))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import string
 from abc import abstractmethod
@@ -30,6 +29,7 @@ from mirage.evals.tasks.question import (
 )
 from mirage.evals.tasks.tsv import TsvRow
 from mirage.evals.tasks.tsv_task import CircularTsvTask, TsvTask, direct_prompt
+from mirage.strict_json import JsonError, parse_literal
 
 # MMMU's subjects by discipline (mmmu-benchmark.github.io; eval/data_utils.py of MMMU-Benchmark/MMMU).
 MMMU_SUBJECTS = {
@@ -262,8 +262,8 @@ def option_list(options: Any, *, where: str) -> list[str]:
     if isinstance(options, list):
         return [str(option) for option in options]
     try:
-        items = ast.literal_eval(str(options))
-    except (ValueError, SyntaxError) as error:
+        items = parse_literal(str(options))
+    except JsonError as error:
         raise UserError(f"{where}: options are no list: {str(options)[:80]!r}") from error
     return [str(item) for item in items] if isinstance(items, list) else []
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,6 +11,8 @@ from mirage.data.row import ImagePart, Message, TextPart
 from mirage.errors import UserError
 from mirage.evals.categories import canonical_category
 from mirage.evals.task import Sample
+from mirage.safe_paths import is_file, printable, stays_inside
+from mirage.strict_json import read_json
 
 IMAGE_MARK = "<image>"
 
@@ -49,15 +50,7 @@ def load_file(path: Path) -> list[Sample]:
 
 
 def _read_records(path: Path) -> list[Any]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); download the file again") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not complete JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
-            "download the file again"
-        ) from error
+    records = read_json(path, remedy="download the file again")
     if not isinstance(records, list):
         raise UserError(f"{path}: expected a JSON list of records, found {type(records).__name__}")
     return records
@@ -104,10 +97,9 @@ def _content(question: str, *, where: str) -> tuple[TextPart | ImagePart, ...]:
 
 
 def _image_path(value: str, *, key: str, where: str, folder: Path) -> Path:
-    relative = PurePosixPath(value)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in value or not relative.parts:
-        raise UserError(f"{where}: {key} {value!r} must be a relative path inside {folder}")
-    path = folder / relative
-    if not path.is_file():
-        raise UserError(f"{where}: {key}: no file {path}; unpack the image archives beside {folder.name}/")
+    if not stays_inside(value):
+        raise UserError(f"{where}: {key} {value!r:.200} must be a relative path inside {folder}")
+    path = folder / value
+    if not is_file(path):
+        raise UserError(f"{where}: {key}: no file {printable(path)}; unpack the image archives beside {folder.name}/")
     return path

@@ -86,7 +86,7 @@ def _parquet_files(folder: Path) -> list[Path]:
 def _sample(record: Record, identity: str, image: Path) -> Sample:
     metadata: Any = record.value.get("metadata")
     over = metadata.get("over") if isinstance(metadata, dict) else None
-    if over not in _TYPES:
+    if not isinstance(over, str) or over not in _TYPES:
         raise UserError(f"{record.where}: 'metadata.over' must be one of {', '.join(_TYPES)}, found {over!r:.80}")
     return published.make_sample(
         identity, record.text("question"), [image], category=_TYPES[over], sub_category=over, decision="help"

@@ -55,8 +55,9 @@ def read_records(path: Path, *, columns: tuple[str, ...]) -> Iterator[dict[str, 
                 found = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{path}: no column {', '.join(missing)}; it has: {found}")
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                batch.validate(full=True)
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({str(error)[:120]}); download it again") from error
 
 

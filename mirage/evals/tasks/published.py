@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mirage import strict_json
+from mirage.data.readers.records import field_names
 from mirage.data.row import Choice, Decision, ImagePart, Message, TextPart
 from mirage.errors import UserError
 from mirage.evals.task import Sample
 from mirage.evals.tasks import parquet
 from mirage.evals.tasks.embedded import keep_picture
+from mirage.safe_paths import is_file, open_regular, stays_inside
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Record:
         name = next((name for name in names if name in self.value), None)
         if name is None:
             keys = " or ".join(repr(name) for name in names)
-            raise UserError(f"{self.where}: has no key {keys}; its keys are {', '.join(map(str, self.value))}")
+            raise UserError(f"{self.where}: has no key {keys}; its keys are {field_names(self.value)}")
         raise UserError(f"{self.where}: {name!r} must be text, found {self.value[name]!r:.80}")
 
     def maybe(self, *names: str) -> str | None:
@@ -81,28 +83,24 @@ def present_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 def read_text(path: Path) -> str:
     """A file's text; a byte order mark is skipped. Raises `UserError` for what is no UTF-8."""
+    with open_regular(path) as file:
+        content = file.read()
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); download the file again") from error
 
 
 def read_json(path: Path) -> Any:
     """A JSON file's value; a byte order mark is skipped. Raises `UserError` naming file, line and column."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not complete JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
-            "download the file again"
-        ) from error
+    return strict_json.read_json(path, remedy="download the file again")
 
 
 def json_records(value: Any, *, where: str) -> Iterator[Record]:
     """The objects of a list, or of a mapping from ids to objects (the id then stands under the key `_key`)."""
     if isinstance(value, dict):
         for key, entry in value.items():
-            entry_where = f"{where}: entry {key!r}"
+            entry_where = f"{where}: entry {key!r:.80}"
             yield Record({"_key": key, **_object(entry, entry_where)}, entry_where)
         return
     if not isinstance(value, list):
@@ -144,17 +142,21 @@ def picture_file(record: Record, value: str, *, key: str, roots: Sequence[Path],
     Raises `UserError` for a path that leaves the folder and for a file that is not there; `hint` says what to do.
     """
     relative = PurePosixPath(value.strip())
-    if relative.is_absolute() or ".." in relative.parts or "\\" in value or not relative.parts:
-        raise UserError(f"{record.where}: {key} must be a relative path inside the benchmark's folder, found {value!r}")
+    if not stays_inside(value.strip()):
+        raise UserError(
+            f"{record.where}: {key} must be a relative path inside the benchmark's folder, found {value!r:.200}"
+        )
     for root in roots:
         names = [relative]
         if len(relative.parts) > 1 and relative.parts[0] == root.name:
             names.append(PurePosixPath(*relative.parts[1:]))
         for name in names:
             # Hub snapshots are symbolic links into a store beside them, so links are followed.
-            if (root / name).is_file():
+            if is_file(root / name):
                 return root / name
-    raise UserError(f"{record.where}: {key}: no file {value} in {' or '.join(str(root) for root in roots)}; {hint}")
+    raise UserError(
+        f"{record.where}: {key}: no file {value:.200} in {' or '.join(str(root) for root in roots)}; {hint}"
+    )
 
 
 def picture_bytes(record: Record, *names: str) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from mirage.data.row import Choice, ImagePart, Message, TextPart
 from mirage.errors import UserError
 from mirage.evals.task import Sample
 from mirage.evals.tasks.embedded import KeptPicture
+from mirage.strict_json import JsonError, parse_literal
 
 # Keys of `Sample.meta`.
 LETTERS = "letters"
@@ -153,8 +153,8 @@ def answer_list(text: str) -> tuple[str, ...]:
     stripped = text.strip()
     if stripped.startswith("[") and stripped.endswith("]"):
         try:
-            items = ast.literal_eval(stripped)
-        except (ValueError, SyntaxError):
+            items = parse_literal(stripped)
+        except JsonError:
             return (stripped,)
         if isinstance(items, list) and items:
             return tuple(str(item) for item in items)

@@ -8,6 +8,7 @@ from mirage.data.row import Row, Split
 from mirage.errors import UserError
 from mirage.evals.categories import canonical_category
 from mirage.evals.task import Card, Sample
+from mirage.safe_paths import is_file, leads_outside
 
 ROWS_FILE = "rows.jsonl"
 # Tags of a row that samples.jsonl repeats: what is new about it and what it is a sibling of, to break results down by.
@@ -44,9 +45,9 @@ def sample_of_row(row: Row, folder: Path) -> Sample:
         raise UserError(f"{folder / ROWS_FILE}: row {row.id}: the prompt does not end with a user turn")
     paths = tuple(folder / image.path for image in row.images)
     for path in paths:
-        if not path.is_file():
+        if not is_file(path) or leads_outside(path, folder):
             raise UserError(
-                f"{folder / ROWS_FILE}: row {row.id}: image {path.relative_to(folder)} is missing; "
+                f"{folder / ROWS_FILE}: row {row.id}: image {path.relative_to(folder)} is missing or leads outside; "
                 "make the dataset again or copy its images/ folder"
             )
     concepts = tuple(image.concept for image in row.images)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import csv
+import io
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from mirage.errors import UserError
 from mirage.evals.tasks.embedded import KeptPicture, decode_base64, keep_picture
+from mirage.safe_paths import is_file, open_regular, printable, stays_inside
+from mirage.strict_json import JsonError, parse_literal
 
 # A cell holds a whole picture, or a list of them.
 MAX_CELL_CHARS = 1 << 30
@@ -69,7 +71,7 @@ def read_rows(path: Path) -> list[TsvRow]:
 def _tables(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """(place, cells) row by row; empty cells and pandas' `nan` are left out."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARS))
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t")
         try:
             header = [_column(name) for name in next(reader, [])]
@@ -131,9 +133,9 @@ def _listed(cell: str, *, where: str) -> list[str]:
     if not (text.startswith("[") and text.endswith("]")):
         return [text]
     try:
-        items = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise UserError(f"{where}: the picture cell begins with [ and is no list: {str(error)[:80]}") from error
+        items = parse_literal(text)
+    except JsonError as error:
+        raise UserError(f"{where}: the picture cell begins with [ and is {error}") from error
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise UserError(f"{where}: the picture cell must be a list of texts")
     return items
@@ -141,13 +143,14 @@ def _listed(cell: str, *, where: str) -> list[str]:
 
 def _inside(name: str, *, folder: Path, stem: str, where: str) -> Path:
     """A picture file beside the table, or in images/<table>/ or images/ beside it."""
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name or not relative.parts:
-        raise UserError(f"{where}: image_path {name!r} must be a relative path inside {folder}")
-    places = (folder / relative, folder / "images" / stem / relative, folder / "images" / relative)
-    found = next((place for place in places if place.is_file()), None)
+    if not stays_inside(name):
+        raise UserError(f"{where}: image_path {name!r:.200} must be a relative path inside {folder}")
+    places = (folder / name, folder / "images" / stem / name, folder / "images" / name)
+    found = next((place for place in places if is_file(place)), None)
     if found is None:
-        raise UserError(f"{where}: no picture {places[0]}; put the pictures beside {folder / (stem + '.tsv')}")
+        raise UserError(
+            f"{where}: no picture {printable(places[0]):.300}; put the pictures beside {folder / (stem + '.tsv')}"
+        )
     return found
 
 

@@ -1,0 +1,285 @@
+"""Many damaged documents through every reader, on several processes, with a table of what became of them.
+
+    python -m tests.fuzz.campaign --cases 100000 --seed 0 --out DIR [--readers rows,recipe] [--jobs 8]
+
+A case is a number: the same number, seed and reader make the same bytes. Each case has its own time limit; peak
+memory is traced (`tracemalloc`) on one case in twenty and taken from the process's resident size on all. The bytes of
+a failing case are written to DIR/failures/READER-NUMBER, beside them what was raised. Exit status 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import tracemalloc
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
+
+CASE_SECONDS = 10.0
+# Traced memory of one case: a constant, and so much for each byte of the document.
+MEMORY_BYTES, MEMORY_PER_BYTE = 64 * 1024**2, 100
+TRACE_EVERY = 20
+MAX_MESSAGE_CHARS = 8_000
+MAX_SAVED = 20
+
+
+class Hang(BaseException):
+    """A case took longer than `CASE_SECONDS`. No Exception, so that no reader catches it."""
+
+
+@dataclass
+class Tally:
+    """What became of a reader's cases."""
+
+    reader: str
+    cases: int = 0
+    accepted: int = 0
+    refused: int = 0
+    failed: int = 0
+    slowest_seconds: float = 0.0
+    slowest_case: int = -1
+    peak_traced_bytes: int = 0
+    grown_resident_bytes: int = 0
+    seconds: float = 0.0
+    skipped: str = ""
+    """Why the reader was left out: a package that this machine does not have."""
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Take in another share of the same reader's cases."""
+        for name in ("cases", "accepted", "refused", "failed", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.slowest_seconds > self.slowest_seconds:
+            self.slowest_seconds, self.slowest_case = other.slowest_seconds, other.slowest_case
+        self.peak_traced_bytes = max(self.peak_traced_bytes, other.peak_traced_bytes)
+        self.grown_resident_bytes = max(self.grown_resident_bytes, other.grown_resident_bytes)
+        self.skipped = self.skipped or other.skipped
+        self.failures += other.failures
+
+
+class Bench:
+    """One reader with a folder of its own to damage, again and again."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        from tests.fuzz.readers import READERS
+
+        self.reader = READERS[name]
+        self.folder = root / name / "folder"
+        # Readers that unpack pictures keep them in the cache.
+        os.environ["MIRAGE_CACHE"] = str(root / name / "cache")
+        self.reader.make(self.folder)
+        self.path = self.folder / self.reader.file
+        self.good = self.path.read_bytes()
+        self._before = self._files()
+
+    def _files(self) -> set[Path]:
+        return {path for path in self.folder.rglob("*") if path.is_file()}
+
+    def case(self, seed: int, number: int) -> bytes:
+        """The document of a case; 0 is the good one."""
+        from tests.fuzz.mutate import mutate
+
+        if number == 0:
+            return self.good
+        return mutate(Random(f"{seed} {self.reader.name} {number}"), self.good, self.reader.kind)
+
+    def read(self, content: bytes) -> str | None:
+        """Write and read a document: 'accepted', 'refused', or raise what a reader must not raise."""
+        from mirage.errors import UserError
+
+        self.path.write_bytes(content)
+        try:
+            self.reader.read(self.folder)
+        except UserError as error:
+            self._check_message(str(error))
+            return "refused"
+        except self.reader.refusals as error:
+            assert not isinstance(error, UserError) and str(error).encode("utf-8")
+            return "refused"
+        return "accepted"
+
+    def _check_message(self, message: str) -> None:
+        message.encode("utf-8")
+        assert 0 < len(message) <= MAX_MESSAGE_CHARS, f"a message of {len(message)} characters"
+        known = (str(self.folder), self.path.name, self.path.stem)
+        if self.reader.names_file:
+            assert any(name in message for name in known), f"does not name the file: {message[:300]}"
+
+    def clean(self) -> None:
+        """Remove what reading has written beside the document."""
+        shutil.rmtree(os.environ["MIRAGE_CACHE"], ignore_errors=True)
+        for path in self._files() - self._before:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `Hang` in the block after so long."""
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_share(name: str, seed: int, numbers: range, out: str) -> Tally:
+    """These cases of one reader, in this process."""
+    warnings.simplefilter("ignore")
+    logging.disable()
+    tally = Tally(name)
+    with tempfile.TemporaryDirectory() as root:
+        try:
+            bench = Bench(name, Path(root).resolve())
+        except ImportError as error:
+            tally.skipped = str(error)
+            return tally
+        # What is loaded at first use is no case's memory; whether the good document is read well is case 0.
+        with contextlib.suppress(Exception):
+            bench.read(bench.good)
+        resident = _resident_bytes()
+        began = time.perf_counter()
+        for number in numbers:
+            content = bench.case(seed, number)
+            _run_case(bench, number, content, tally, Path(out))
+            if number % 500 == 0:
+                bench.clean()
+        tally.seconds = time.perf_counter() - began
+        tally.grown_resident_bytes = max(0, _resident_bytes() - resident)
+    return tally
+
+
+def _run_case(bench: Bench, number: int, content: bytes, tally: Tally, out: Path) -> None:
+    traced = number % TRACE_EVERY == 0
+    peak = 0
+    began = time.perf_counter()
+    try:
+        with time_limit(CASE_SECONDS):
+            if traced:
+                tracemalloc.start()
+            ended = bench.read(content)
+        if number == 0:
+            assert ended == "accepted", "the good document is refused"
+    except (Exception, Hang):
+        ended = "failed"
+        _save(bench, number, content, tally, out)
+    took = time.perf_counter() - began
+    if traced:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        if ended != "failed" and peak > MEMORY_BYTES + MEMORY_PER_BYTE * len(content):
+            ended = "failed"
+            tally.failures.append({"case": number, "raised": f"{peak} bytes for a document of {len(content)}"})
+    tally.cases += 1
+    setattr(tally, str(ended), getattr(tally, str(ended)) + 1)
+    tally.peak_traced_bytes = max(tally.peak_traced_bytes, peak)
+    if took > tally.slowest_seconds:
+        tally.slowest_seconds, tally.slowest_case = took, number
+
+
+def _save(bench: Bench, number: int, content: bytes, tally: Tally, out: Path) -> None:
+    text = traceback.format_exc()
+    last = text.strip().splitlines()[-1]
+    if len(tally.failures) < MAX_SAVED:
+        folder = out / "failures"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{bench.reader.name}-{number}").write_bytes(content)
+        (folder / f"{bench.reader.name}-{number}.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
+        tally.failures.append({"case": number, "raised": last[:500]})
+
+
+def _resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run(names: Sequence[str], *, cases: int, seed: int, jobs: int, out: Path) -> list[Tally]:
+    """The campaign; shares of a reader's cases go to as many processes as there are."""
+    parts = max(1, min(jobs, cases // 500))
+    shares = [
+        (name, seed, range(start, cases, parts), str(out)) for name in names for start in range(parts)
+    ]  # fmt: skip
+    tallies = {name: Tally(name) for name in names}
+    if jobs == 1:
+        for share in shares:
+            tallies[share[0]].add(run_share(*share))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(jobs, maxtasksperchild=8) as pool:
+            for tally in pool.imap_unordered(_unpacked, shares):
+                tallies[tally.reader].add(tally)
+                print(f"{tally.reader}: {tallies[tally.reader].cases} of {cases}", file=sys.stderr, flush=True)
+    return list(tallies.values())
+
+
+def _unpacked(share: tuple[str, int, range, str]) -> Tally:
+    return run_share(*share)
+
+
+def table(tallies: Sequence[Tally]) -> str:
+    """The results, a line a reader."""
+    lines = [
+        f"{'reader':<28}{'cases':>9}{'accepted':>10}{'refused':>9}{'failed':>8}{'us/case':>9}{'slowest s':>11}"
+        f"{'traced MiB':>12}{'grown MiB':>11}"
+    ]
+    for tally in tallies:
+        each = tally.seconds / max(1, tally.cases) * 1e6
+        if tally.skipped:
+            lines.append(f"{tally.reader:<28}skipped: {tally.skipped}")
+            continue
+        lines.append(
+            f"{tally.reader:<28}{tally.cases:>9}{tally.accepted:>10}{tally.refused:>9}{tally.failed:>8}{each:>9.0f}"
+            f"{tally.slowest_seconds:>11.3f}{tally.peak_traced_bytes / 2**20:>12.1f}"
+            f"{tally.grown_resident_bytes / 2**20:>11.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print, write `campaign.json`."""
+    parser = argparse.ArgumentParser(description="fuzz every reader of outside bytes")
+    parser.add_argument("--cases", type=int, default=100_000, help="cases a reader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readers", default="", help="names, comma-separated; all if left out")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results and failing documents")
+    given = parser.parse_args(arguments)
+    from tests.fuzz.readers import READERS
+
+    names = [name for name in given.readers.split(",") if name] or list(READERS)
+    unknown = [name for name in names if name not in READERS]
+    if unknown:
+        parser.error(f"no reader {', '.join(unknown)}; there are {', '.join(READERS)}")
+    tallies = run(names, cases=given.cases, seed=given.seed, jobs=given.jobs, out=given.out)
+    given.out.mkdir(parents=True, exist_ok=True)
+    result = {"cases": given.cases, "seed": given.seed, "readers": [asdict(tally) for tally in tallies]}
+    (given.out / "campaign.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(table(tallies))
+    for tally in tallies:
+        for failure in tally.failures[:5]:
+            print(f"{tally.reader} case {failure['case']}: {failure['raised']}")
+    return 1 if any(tally.failed for tally in tallies) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
