@@ -90,7 +90,8 @@ class ModelConfig(_Section):
     """Attention kernels. auto: flash-attn where it is installed and fits the GPU and type, SDPA otherwise. kernels: a
     flash-attn build from the hub, through the package of that name."""
     trust_remote_code: bool = False
-    """Run code that comes with the weights. Off; MIRage needs none for its own families."""
+    """Run tokenizer code that comes with the weights, and log it. MIRage needs none; models, configs, processors and
+    evaluations never run any."""
     train: tuple[ModuleGroup, ...] = ("projector", "language")
     """Module groups trained in full (with `lora`: beside the adapters, and saved with them). Paper: both of these."""
     lora: LoraConfig | None = None

@@ -20,6 +20,7 @@ from mirage.data.row import ImagePart, Message, canonical_json
 from mirage.errors import UserError
 from mirage.models.adapter import IGNORE_INDEX, GenerationAdapter, ProcessorSpec, Question, RenderedText, image_order
 from mirage.models.strict_loading import ONE_LOAD
+from mirage.models.template_trial import try_template
 
 # What decides how a processor asks; a change of any is another way to ask.
 PROCESSOR_FILES = (
@@ -36,6 +37,8 @@ PROCESSOR_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+
+_SHORT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
 
 
 def is_known(model_type: str) -> bool:
@@ -142,6 +145,7 @@ def load_processor(folder: Path, model_type: str) -> Any:
         raise UserError(
             f"{folder} holds no chat template (chat_template.jinja); MIRage cannot ask the model without one"
         )
+    try_template(lambda: processor.apply_chat_template(_SHORT, add_generation_prompt=True), str(folder))
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor

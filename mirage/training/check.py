@@ -100,7 +100,7 @@ def check_recipe(recipe: Recipe, *, num_samples: int = 4, world_size: int | None
         raise UserError(f"samples={num_samples}: it takes at least 2 to show that they do not see each other")
     check_quantize(recipe.model)
     base = find_base(recipe)
-    adapter = load_adapter(base, preprocessing=recipe.preprocessing)
+    adapter = load_adapter(base, preprocessing=recipe.preprocessing, trust_remote_code=recipe.model.trust_remote_code)
     rows, index, _ = index_rows(load_mixture(recipe.data, seed=recipe.train.seed).rows, adapter, recipe.data)
     world_size = world_size or default_world_size(recipe)[0]
     plan = PackPlan.from_recipe(index, recipe, world_size=world_size)

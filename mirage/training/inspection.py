@@ -100,7 +100,7 @@ def inspect_recipe(
     Samples are the first of step 1. Raises `UserError` for data or a base model that the run could not use either.
     """
     base = find_base(recipe)
-    adapter = load_adapter(base, preprocessing=recipe.preprocessing)
+    adapter = load_adapter(base, preprocessing=recipe.preprocessing, trust_remote_code=recipe.model.trust_remote_code)
     mixture = load_mixture(recipe.data, seed=recipe.train.seed)
     rows, lengths, too_long = index_rows(mixture.rows, adapter, recipe.data)
     world_note = "as asked"

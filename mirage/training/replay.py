@@ -131,7 +131,7 @@ def replay(path: Path, *, weights: Path | None = None, precision: str | None = N
         changes["precision"] = precision
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
     base = Path(record["base"]) if Path(record["base"]).is_dir() else find_base(recipe)
-    adapter = load_adapter(base, preprocessing=recipe.preprocessing)
+    adapter = load_adapter(base, preprocessing=recipe.preprocessing, trust_remote_code=recipe.model.trust_remote_code)
     trained, words = _weights(folder, record, weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_for_training(recipe, adapter, base=base, trained=trained)

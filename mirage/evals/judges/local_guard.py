@@ -24,6 +24,7 @@ from mirage.evals.judges.verdict_cache import Said
 from mirage.models.adapter import GenerationAdapter, Question
 from mirage.models.generic import is_known
 from mirage.models.registry import find_weights, load_model
+from mirage.models.template_trial import try_template
 
 
 class LocalGuard:
@@ -88,6 +89,9 @@ class LocalGuard:
             ends = _ids(self._model.generation_config.eos_token_id) + _ids(self._tokenizer.eos_token_id)
         if self._form == "llama_guard" and self._adapter is None and self._tokenizer.chat_template is None:
             raise UserError(f"{self.folder} holds no chat template; Llama Guard's task and hazards are in it")
+        if self._adapter is None and self._tokenizer.chat_template is not None:
+            chat = [{"role": "user", "content": "What is this?"}]
+            try_template(lambda: self._tokenizer.apply_chat_template(chat, tokenize=False), str(self.folder))
         self._model.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=MAX_TOKENS,
