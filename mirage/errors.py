@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -17,6 +18,9 @@ EXIT_STOPPED = 3
 EXIT_INTERRUPTED = 130
 # What a shell reports of a program that SIGPIPE ended.
 EXIT_BROKEN_PIPE = 141
+# What the system says where it takes no more, or nothing at all. Files are whole or as they were: trying again is safe.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class UserError(Exception):
@@ -74,11 +78,32 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
     except Exception as error:
+        if (refused := describe_refusal(error)) is not None:
+            # One rank may have met it, so each says so.
+            _say(f"error: {refused}")
+            _tell("error", refused, EXIT_USER_ERROR)
+            sys.exit(EXIT_USER_ERROR)
         # A mistake of the program: where it happened, and no value of a variable.
         _say(traceback.format_exc().rstrip("\n"))
         _tell("error", f"{type(error).__name__}: {error}", 1)
         sys.exit(1)
     sys.exit(code or 0)
+
+
+def describe_refusal(error: BaseException) -> str | None:
+    """What the user can do about a full disk or a folder that may not be written to; None for another error.
+
+    Libraries that write by themselves (safetensors, torch) tell the system's reason in their text alone.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if number in _FULL or (number is None and ("No space left on device" in text or "StorageFull" in text)):
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        return f"{where}no space left on the disk; make room, and the same command goes on"
+    if number in _CLOSED or (number is None and "Read-only file system" in text):
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        return f"{where}cannot be written or read ({os.strerror(number or errno.EROFS)}); see its permissions and mount"
+    return None
 
 
 def _say(message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -15,6 +16,7 @@ from data_gen.stages.draft import Draft, Style
 from data_gen.store import StoredPicture
 from data_gen.taxonomy.facts import Photo, Taxonomy, Thing
 from mirage.data.row import ImageRef, ImageSource
+from mirage.errors import UserError
 from mirage.orphans import die_with_parent
 
 VERSION = "1"
@@ -87,7 +89,13 @@ def draw_all(orders: list[PictureOrder], *, num_workers: int) -> Iterator[tuple[
     with ProcessPoolExecutor(
         num_workers, mp_context=get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
     ) as pool:
-        yield from zip(orders, pool.map(draw, orders, chunksize=CHUNK))
+        try:
+            yield from zip(orders, pool.map(draw, orders, chunksize=CHUNK))
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that draws pictures ended before its time; the machine is probably out of memory. The same "
+                "command goes on with the pictures that are left"
+            ) from error
 
 
 def image_refs(

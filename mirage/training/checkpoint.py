@@ -9,16 +9,19 @@ checkpoint-000200/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from mirage.errors import UserError
+from mirage.errors import UserError, describe_refusal
 from mirage.files import file_sha256, sync, write_atomic
 
 READY = "READY"
@@ -71,6 +74,21 @@ def publish(aside: Path, final: Path, *, step: int, is_due: bool = True) -> None
     if not is_due:
         manifest["on_signal"] = True
     write_atomic(final / READY, json.dumps(manifest, indent=2) + "\n")
+
+
+class Written:
+    """What a rank could not write, to be told to all ranks once they have met in every collective."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Around writing: keeps the first reason why it failed. Any other error is raised."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self.reason = self.reason or describe_refusal(error) or f"{type(error).__name__}: {error}"
 
 
 def read_ready(folder: Path) -> dict[str, Any] | None:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 # The ranks that waited in one collective give up within moments of each other.
 ANSWER_TIMEOUT = timedelta(seconds=60)
-# gloo's words (gloo/transport/tcp/unbound_buffer.cc, torch/distributed).
+# gloo's words (gloo/transport/tcp/unbound_buffer.cc and pair.cc, torch/distributed).
 _TIMEOUT_WORDS = ("Timed out waiting", "timed out after", "Timed out after")
+_GONE_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class RankHangs(UserError):
@@ -35,13 +36,19 @@ def open_roll_call(world_size: int) -> Any:
 
 @contextlib.contextmanager
 def name_hung_rank(trainer: Trainer, group: Any) -> Iterator[None]:
-    """Around training: turns a collective that timed out into `RankHangs` with the rank named.
+    """Around training: turns a collective that timed out into `RankHangs` with the rank named, and one whose partner
+    has ended into a message that points to the partner's own.
 
     gloo raises where it times out. NCCL's watchdog ends the process instead, with its own message.
     """
     try:
         yield
     except RuntimeError as error:
+        if group is not None and any(word in str(error) for word in _GONE_WORDS):
+            raise UserError(
+                f"another rank ended at step {trainer.step + 1}: its own message, if it could leave one, says why; a "
+                "rank that was killed leaves none. The same command goes on from the last checkpoint"
+            ) from error
         if group is None or not any(word in str(error) for word in _TIMEOUT_WORDS):
             raise
         missing = missing_ranks(group, rank=trainer.rank)

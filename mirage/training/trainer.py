@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from mirage.models.quantize import check_quantize
 from mirage.models.registry import load_adapter
 from mirage.training import checkpoint as checkpoints
 from mirage.training.callbacks import Callback
-from mirage.training.distributed import build_accelerator, end, sum_over_ranks
+from mirage.training.checkpoint import Written
+from mirage.training.distributed import build_accelerator, end, gather_objects, sum_over_ranks
 from mirage.training.export import link_untouched_model, save_model
 from mirage.training.failures import stop_on_failure, stop_unless_finite
 from mirage.training.feed import open_loader, open_pictures
@@ -267,18 +269,39 @@ class Trainer:
             shutil.rmtree(aside, ignore_errors=True)
             (aside / "resume").mkdir(parents=True)
         self.barrier()
-        save_optimizer_state(self.engine, aside / "resume", rank=self.rank, world_size=self.world_size)
-        self.save_weights(aside / "model")
-        if self.is_main:
-            resolved = resolved_json(self.recipe)
-            (aside / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
-            summary = {"step": self.step, "world_size": self.world_size, "recipe_hash": recipe_hash(self.recipe)}
-            (aside / "resume" / "state.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
-        self.barrier()
-        if self.is_main:
-            checkpoints.publish(aside, final, step=self.step, is_due=is_due)
-        self.barrier()
+        with self._all_written(aside) as written:
+            # Both write last, after their collectives: where a disk is full, all ranks still meet.
+            with written.caught():
+                save_optimizer_state(self.engine, aside / "resume", rank=self.rank, world_size=self.world_size)
+            with written.caught():
+                self.save_weights(aside / "model")
+            with written.caught():
+                self._write_summary(aside)
+        with self._all_written(aside) as written, written.caught():
+            if self.is_main:
+                checkpoints.publish(aside, final, step=self.step, is_due=is_due)
         return final
+
+    def _write_summary(self, aside: Path) -> None:
+        if not self.is_main:
+            return
+        resolved = resolved_json(self.recipe)
+        (aside / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
+        summary = {"step": self.step, "world_size": self.world_size, "recipe_hash": recipe_hash(self.recipe)}
+        (aside / "resume" / "state.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _all_written(self, aside: Path) -> Iterator[Written]:
+        """Around writing into `aside`: where any rank cannot, all stop with its reason and remove what is there."""
+        written = Written()
+        yield written
+        reasons = gather_objects(written.reason) if self.world_size > 1 else [written.reason]
+        reason = next((found for found in reasons if found is not None), None)
+        if reason is None:
+            return
+        if self.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"the checkpoint of step {self.step} could not be written into {self.run_dir}: {reason}")
 
     def save_weights(self, folder: Path) -> None:
         """Write the model part of a checkpoint into the new folder. A collective; the main rank writes."""

@@ -1,0 +1,1 @@
+"""Faults on purpose: kills, signals, hangs and full disks under the commands of the chain."""
