@@ -241,6 +241,8 @@ class DataConfig(_Section):
     """A row that cannot be read: stop, or leave it out and list it in ledger.jsonl."""
     max_left_out: int = Field(default=0, ge=0)
     """Most samples that may be left out before the run stops."""
+    check_pictures: Literal["header", "whole"] = "header"
+    """How each picture is checked before the run: by its header, or decoded once, which finds those cut off."""
     num_workers: int | None = Field(default=None, ge=0)
     """Processes a rank that decode pictures; null: one a core beside its own, 1 to 8; 0: the training process."""
     picture_cache_bytes: int = Field(default=256 * 1024**2, ge=0)

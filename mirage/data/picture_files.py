@@ -33,6 +33,19 @@ def open_picture(path: Path | None, *, content: bytes | None = None) -> Image.Im
         return to_rgb(ImageOps.exif_transpose(image))
 
 
+def read_picture(path: Path) -> bytes:
+    """The bytes of a picture file, which need not be one: for a hash, or a copy. Raises `UserError` beyond 512 MiB.
+
+    A pipe or a device is refused, unread.
+    """
+    with _stream(path, None) as stream:
+        num_bytes = stream.seek(0, io.SEEK_END)
+        if num_bytes > MAX_FILE_BYTES:
+            raise UserError(f"image {printable(path)} has {num_bytes:,} bytes, at most {MAX_FILE_BYTES:,} are read")
+        stream.seek(0)
+        return stream.read()
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels of the upright picture, from its header. Raises `UserError` for a file that is none."""
     with _image(path, None, fault="cannot be read") as image:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+
+import numpy as np
 
 from mirage.config.schema import DataConfig, SourceConfig
 from mirage.data.mixing import draw, mixture_counts
-from mirage.data.pictures import picture_size
+from mirage.data.picture_files import open_picture, picture_size
 from mirage.data.readers.answers import read_beavertails_v, read_spa_vl, read_table
 from mirage.data.readers.conversations import read_messages, read_mis_train, read_sharegpt, read_think_in_safety
 from mirage.data.readers.entry import Passed as Passed
@@ -18,11 +20,14 @@ from mirage.data.readers.entry import explain as explain
 from mirage.data.readers.images import unpack, unpacked_dir
 from mirage.data.readers.records import Record, records
 from mirage.data.readers.rows import ROWS_FILE as ROWS_FILE
-from mirage.data.readers.rows import read_folder, read_parquet_row
+from mirage.data.readers.rows import parse_row, read_folder, read_parquet_row
 from mirage.data.readers.rows import read_rows as read_rows
 from mirage.data.readers.vlguard import read_vlguard
+from mirage.data.row_list import FileRows, HeldRows, LeftOutRows, Lines, RowList, SourceRows
+from mirage.data.row_list import LeftOut as LeftOut
 from mirage.data.views import BLACK_PICTURE, view_row
 from mirage.errors import UserError
+from mirage.safe_paths import leads_outside
 
 Entry = SourcedRow | Passed | UserError
 RecordReader = Callable[[Record], Iterator[SourcedRow | Passed]]
@@ -41,23 +46,15 @@ FORMATS: dict[str, tuple[str, RecordReader]] = {
 TABLE_FILE = "train.json"
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A row that is not trained on, and why: one line of `ledger.jsonl`."""
-
-    source: str
-    location: str
-    row_id: str
-    reason: str
-
-
 @dataclass
 class Mixture:
     """All rows of a run's sources, in order; what was left out; what `max_samples`, `share`, `epochs` did not draw."""
 
-    rows: list[SourcedRow] = field(default_factory=list)
+    rows: RowList = field(default_factory=RowList)
     left_out: list[LeftOut] = field(default_factory=list)
-    not_drawn: list[LeftOut] = field(default_factory=list)
+    num_bad: int = 0
+    """How many of `left_out` are bad rows, which `data.max_left_out` limits; the others go by a source's own rule."""
+    not_drawn: Sequence[LeftOut] = ()
 
 
 def load_mixture(config: DataConfig, *, seed: int) -> Mixture:
@@ -67,38 +64,63 @@ def load_mixture(config: DataConfig, *, seed: int) -> Mixture:
     """
     mixture = Mixture()
     passed: list[LeftOut] = []
-    parts: list[list[SourcedRow]] = []
+    parts: list[SourceRows] = []
+    files: dict[Path, Lines] = {}
+    # A picture is looked at once, though many rows show it.
+    size_inside = lru_cache(maxsize=1 << 16)(partial(_size_inside, whole=config.check_pictures == "whole"))
     for source in config.sources:
-        rows: list[SourcedRow] = []
+        rows = _stored(source, config.dir, files)
         passed_before = len(passed)
         for entry in read_source(source, config.dir):
-            problem = _image_problem(entry) if isinstance(entry, SourcedRow) else None
+            problem = _image_problem(entry, size_inside) if isinstance(entry, SourcedRow) else None
             if isinstance(entry, SourcedRow) and problem is None:
-                rows.append(entry)
+                rows.add(entry)
             elif isinstance(entry, Passed):
                 passed.append(LeftOut(source.name or source.split, entry.location, entry.row_id, entry.reason))
             elif config.on_bad_row == "error":
                 raise problem or entry  # type: ignore[misc]
             else:
                 mixture.left_out.append(_bad_row(source, entry, problem))
-        if not rows:
+        if not len(rows):
             raise _no_rows(source, config.dir, passed[passed_before:])
         parts.append(rows)
     check_left_out(mixture.left_out, config.max_left_out)
+    mixture.num_bad = len(mixture.left_out)
     mixture.left_out += passed
-    counts = mixture_counts([len(rows) for rows in parts], config.sources)
-    for source, rows, count in zip(config.sources, parts, counts):
-        own_seed = seed if source.seed is None else source.seed
-        drawn = draw(rows, count, seed=own_seed, split=source.split, limit=source.max_samples)
-        mixture.rows += drawn
-        mixture.not_drawn += _not_drawn(rows, drawn)
+    mixture.rows, mixture.not_drawn = _drawn(parts, config.sources, seed=seed)
     return mixture
 
 
-def _not_drawn(rows: Sequence[SourcedRow], drawn: Sequence[SourcedRow]) -> list[LeftOut]:
-    taken = {id(entry) for entry in drawn}
-    reason = f"the source gives {len(taken):,} of its {len(rows):,} rows, drawn by the seed, and not this one"
-    return [LeftOut(entry.source, entry.location, entry.row.id, reason) for entry in rows if id(entry) not in taken]
+def _stored(source: SourceConfig, default_dir: Path, files: dict[Path, Lines]) -> SourceRows:
+    """Where the rows of a source are put; sources of one file share what is known of its lines."""
+    name, folder = source.name or source.split, source.path or default_dir
+    if source.format != "rows" or not (folder / ROWS_FILE).is_file():
+        return HeldRows(name=name, weight=source.weight)
+
+    def parse(line: bytes, number: int) -> SourcedRow | None:
+        entry = _viewed(parse_row(line, folder, number), source)
+        return entry if isinstance(entry, SourcedRow) else None
+
+    file = folder / ROWS_FILE
+    if file not in files:
+        files[file] = Lines(file)
+    return FileRows(files[file], parse, name=name, weight=source.weight)
+
+
+def _drawn(
+    parts: Sequence[SourceRows], sources: Sequence[SourceConfig], *, seed: int
+) -> tuple[RowList, Sequence[LeftOut]]:
+    """The rows that the mixture takes of each source, and those that it does not."""
+    taken, rest, reasons = [], [], []
+    for part, source, count in zip(parts, sources, mixture_counts([len(part) for part in parts], sources)):
+        own_seed = seed if source.seed is None else source.seed
+        drawn = draw(range(len(part)), count, seed=own_seed, split=source.split, limit=source.max_samples)
+        taken.append(RowList.of(part, drawn))
+        others = np.setdiff1d(np.arange(len(part)), taken[-1].keys)
+        used = len(part) - len(others)
+        reasons.append(f"the source gives {used:,} of its {len(part):,} rows, drawn by the seed, and not this one")
+        rest.append(RowList.of(part, others))
+    return RowList.joined(taken), LeftOutRows(RowList.joined(rest), reasons)
 
 
 def _bad_row(source: SourceConfig, entry: SourcedRow | UserError, problem: UserError | None) -> LeftOut:
@@ -116,12 +138,12 @@ def _no_rows(source: SourceConfig, default_dir: Path, passed: Sequence[LeftOut])
     return UserError(f"source {source.split!r} of {source.path or default_dir} holds no rows{why}")
 
 
-def check_left_out(left_out: Sequence[LeftOut], limit: int) -> None:
-    """Stop when more rows are left out than the recipe allows."""
-    if len(left_out) > limit:
+def check_left_out(left_out: Sequence[LeftOut], limit: int, *, before: int = 0) -> None:
+    """Stop when more rows are left out, with those `before`, than the recipe allows."""
+    if left_out and len(left_out) + before > limit:
         first = left_out[0]
         raise UserError(
-            f"{len(left_out)} rows cannot be trained on and data.max_left_out is {limit}. "
+            f"{len(left_out) + before} rows cannot be trained on and data.max_left_out is {limit}. "
             f"The first: {first.location} {first.reason}"
         )
 
@@ -160,18 +182,29 @@ def _viewed(entry: SourcedRow, source: SourceConfig) -> SourcedRow | Passed:
     return replace(entry, row=row, root=root, source=source.name or source.split, weight=source.weight)
 
 
-def _image_problem(entry: SourcedRow) -> UserError | None:
+def _size_inside(root: Path, name: str, *, whole: bool) -> tuple[int, int] | None:
+    """Pixels of a picture below `root`, or None where its links lead out of it. Raises `UserError`.
+
+    With `whole` the picture is decoded, which finds one that is cut off.
+    """
+    path = root / name
+    if leads_outside(path, root):
+        return None
+    return open_picture(path).size if whole else picture_size(path)
+
+
+def _image_problem(entry: SourcedRow, size_inside: Callable[[Path, str], tuple[int, int] | None]) -> UserError | None:
     """What is wrong with a row's pictures as far as their headers tell, or None."""
-    for image, path in zip(entry.row.images, entry.image_paths):
-        if not path.resolve().is_relative_to(entry.root.resolve()):
-            return UserError(f"{entry.location}: image {image.path} leads outside {entry.root}")
+    for image in entry.row.images:
         try:
-            size = picture_size(path)
+            size = size_inside(entry.root, image.path)
         except UserError as error:
             return UserError(f"{entry.location}: row {entry.row.id}: {error}")
+        if size is None:
+            return UserError(f"{entry.location}: image {image.path} leads outside {entry.root}")
         if size != (image.width, image.height):
             return UserError(
-                f"{entry.location}: row {entry.row.id}: image {path} has {size[0]} x {size[1]} pixels, "
-                f"the row says {image.width} x {image.height}"
+                f"{entry.location}: row {entry.row.id}: image {entry.root / image.path} has {size[0]} x {size[1]} "
+                f"pixels, the row says {image.width} x {image.height}"
             )
     return None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mirage.data.pictures import open_picture
+from mirage.data.picture_files import open_picture, read_picture
 from mirage.errors import UserError
 
 # Longest edge in pixels, and WebP's quality: enough to see what is there, about 3 kB a picture.
@@ -67,7 +67,7 @@ class Thumbnails:
 
     def _read(self, path: Path) -> int | None:
         try:
-            content = path.read_bytes()
+            content = read_picture(path)
             key = hashlib.sha256(content).hexdigest()
             if key not in self._by_content:
                 uri = data_uri(open_picture(path, content=content))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mirage.files import file_sha256, read_object
+from mirage.safe_paths import is_file, leads_outside
 from mirage.tracking.redact import redact
 
 Detail = Literal["card", "files"]
@@ -47,9 +48,11 @@ class ArtifactCard:
 
 def dataset_card(folder: Path, *, detail: Detail, max_bytes: int) -> ArtifactCard:
     """A dataset folder, or one file of data: what its manifest says, and size and hash of its own files."""
-    own = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [folder]
+    own = sorted(path for path in folder.iterdir() if is_file(path)) if folder.is_dir() else [folder]
+    # A dataset of others may hold links; what they lead to is no part of it.
+    own = [path for path in own if path == folder or not leads_outside(path, folder)]
     own = [path for path in own if not path.name.startswith(".") and path.suffix.lower() not in _PICTURES][:MAX_FILES]
-    manifest = read_object(folder / "manifest.json") if folder.is_dir() else {}
+    manifest = read_object(folder / "manifest.json") if folder / "manifest.json" in own else {}
     wanted = [path for path in own if path.name in ("manifest.json", "README.md")] if detail == "files" else []
     files, left_out = _within(((path.name, path) for path in wanted), max_bytes)
     kept = ("kind", "schema_version", "content_sha256", "code_version", "counts", "licences", "taxonomy_sha256")

@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mirage.data.picture_files import open_picture
+from mirage.errors import UserError
 from mirage.pages.document import shared
 
 TEXT_COLUMNS = ("id", "task", "question", "answer", "verdict", "reason", "category", "changed")
@@ -82,14 +84,12 @@ def parts_html(parts: Sequence[tuple[str | None, str]]) -> str:
 def _picture(path: Path, *, pixels: int, room: int) -> tuple[Any, int]:
     """The picture and its bytes; (None, 0) where it cannot be read or has no room: the text still counts."""
     import wandb
-    from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            image.thumbnail((pixels, pixels))
-            small = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+        small = open_picture(path)
+    except UserError:
         return None, 0
+    small.thumbnail((pixels, pixels))
     kind, size = "png", _num_bytes(small, "PNG")
     if size > MAX_PNG_BYTES:
         kind, size = "jpg", _num_bytes(small, "JPEG", quality=_JPEG_QUALITY)

@@ -229,7 +229,9 @@ def describe_failure(
 ) -> dict[str, Any]:
     """What `failure.json` holds. Numbers JSON has no word for are written as text."""
     wanted = {row_id for number in packs for row_id in batches[number].row_ids}
-    places = {entry.row.id: (entry.source, entry.location) for entry in trainer.rows if entry.row.id in wanted}
+    rows = trainer.rows
+    found = ((rows.row_id(number), number) for number in range(len(rows)))
+    places = {row: (rows.part(number)[1], rows.location(number)) for row, number in found if row in wanted}
     last = checkpoints.last_resumable(trainer.run_dir)
     losses = {number: str(loss) for number, loss in enumerate(trainer.micro_losses)}
     return {

@@ -14,7 +14,7 @@ import numpy as np
 
 from mirage.data.lengths import LengthIndex
 from mirage.data.pack import PackPlan
-from mirage.data.sources import LeftOut, SourcedRow
+from mirage.data.row_list import LeftOut, LeftOutRows, RowList
 from mirage.files import write_atomic
 from mirage.tracking.console import make_console
 from mirage.training.callbacks import Callback
@@ -35,26 +35,22 @@ class Ledger:
     """
 
     def __init__(
-        self, left_out: Mapping[str, Sequence[LeftOut]], rows: Sequence[SourcedRow], index: LengthIndex, plan: PackPlan
+        self, left_out: Mapping[str, Sequence[LeftOut]], rows: RowList, index: LengthIndex, plan: PackPlan
     ) -> None:
         self._rows, self._index, self._plan = rows, index, plan
         self._left_out = dict(left_out)
 
     @cached_property
-    def left_out(self) -> dict[str, list[LeftOut]]:
+    def left_out(self) -> dict[str, Sequence[LeftOut]]:
         """Rows that are not trained on, by kind."""
-        unreached = []
-        seen = self.times_seen(self._plan.num_steps)
+        unseen = self.times_seen(self._plan.num_steps) == 0
         # A row that its source gives several times counts as reached when one of them is.
-        reached = {id(self._rows[number].row) for number in np.flatnonzero(seen).tolist()}
-        for number in np.flatnonzero(seen == 0).tolist():
-            entry = self._rows[number]
-            if id(entry.row) not in reached:
-                reason = f"the run ends after step {self._plan.num_steps}, before this row's turn"
-                unreached.append(LeftOut(entry.source, entry.location, entry.row.id, reason))
-                reached.add(id(entry.row))
-        kinds = {kind: list(entries) for kind, entries in self._left_out.items()}
-        return {**kinds, NOT_REACHED: unreached}
+        keys, first = np.unique(self._rows.keys, return_index=True)
+        reached = np.unique(self._rows.keys[~unseen])
+        numbers = np.sort(first[~np.isin(keys, reached, assume_unique=True)])
+        reason = f"the run ends after step {self._plan.num_steps}, before this row's turn"
+        unreached = LeftOutRows(self._rows.take(numbers), [reason] * self._rows.num_parts)
+        return {**self._left_out, NOT_REACHED: unreached}
 
     def times_seen(self, num_steps: int) -> np.ndarray:
         """How often each row of the plan is trained on in the first `num_steps` steps, [rows] int64."""
@@ -65,16 +61,16 @@ class Ledger:
 
     def write(self, run_dir: Path) -> None:
         """Write `ledger.jsonl`: kind, source, location, row_id and reason of each row not trained on."""
-        lines = [
-            json.dumps({"kind": kind, **asdict(entry)}, ensure_ascii=False)
+        lines = (
+            json.dumps({"kind": kind, **asdict(entry)}, ensure_ascii=False) + "\n"
             for kind, entries in self.left_out.items()
             for entry in entries
-        ]
-        write_atomic(run_dir / LEDGER_FILE, "".join(f"{line}\n" for line in lines))
+        )
+        write_atomic(run_dir / LEDGER_FILE, lines)
 
     def counts(self) -> dict[str, Any]:
         """Numbers for the tracker: rows and tokens of one pass, by source too, and rows not trained on, by kind."""
-        names = np.array([entry.source for entry in self._rows])
+        names = self._rows.sources
         found: dict[str, Any] = {"data/rows": len(self._rows), **self._token_counts("data", np.ones(len(names), bool))}
         for name in dict.fromkeys(names.tolist()):
             chosen = names == name
@@ -95,7 +91,7 @@ class Ledger:
     def start_text(self) -> str:
         """What will be trained on and what not, in a few lines."""
         counts = self.counts()
-        sources = dict(Counter(entry.source for entry in self._rows))
+        sources = dict(Counter(self._rows.sources.tolist()))
         tokens = max(1, counts["data/tokens"])
         pictures, learnt = (counts[f"data/{name}_tokens"] / tokens for name in ("image", "supervised"))
         shares = f"{pictures:.0%} of pictures, {learnt:.0%} learnt"

@@ -13,7 +13,8 @@ from mirage.config.schema import Recipe
 from mirage.data.lengths import LengthIndex, index_rows
 from mirage.data.mixing import repeated
 from mirage.data.render import image_token_counts
-from mirage.data.sources import SourcedRow, load_mixture, read_rows
+from mirage.data.row_list import RowList
+from mirage.data.sources import load_mixture, read_rows
 from mirage.models.adapter import ModelAdapter
 from mirage.training.plan import plan_adapter
 
@@ -55,10 +56,10 @@ def planned_mixture(recipe: Recipe, config: Any) -> PlannedMixture:
     if adapter is not None:
         kept, lengths, left_out = index_rows(rows, adapter, recipe.data)
         note = f", {len(left_out)} left out" if left_out else ""
-        return PlannedMixture(lengths, np.array([len(entry.row.images) for entry in kept]), f"{where}{note}", True)
+        return PlannedMixture(lengths, kept.num_images, f"{where}{note}", True)
     lengths = _estimated_lengths(rows, plan_adapter(recipe, config))
     source = f"{where}; text estimated at {_CHARACTERS_PER_TOKEN:g} characters a token, there is no tokenizer yet"
-    return PlannedMixture(lengths, np.array([len(entry.row.images) for entry in rows]), source, False)
+    return PlannedMixture(lengths, rows.num_images, source, False)
 
 
 def _adapter_with_tokenizer(recipe: Recipe, config: Any) -> ModelAdapter | None:
@@ -83,15 +84,15 @@ def _is_published(folder: Path) -> bool:
     return config.get("model_type") == "internvl_chat"
 
 
-def _estimated_lengths(rows: list[SourcedRow], adapter: ModelAdapter) -> LengthIndex:
-    columns = []
-    for entry in rows:
+def _estimated_lengths(rows: RowList, adapter: ModelAdapter) -> LengthIndex:
+    columns, weights = np.empty((3, len(rows)), np.int32), np.empty(len(rows))
+    for number, entry in enumerate(rows):
         supervised = sum(len(m.text) for m in entry.row.messages if m.role == "assistant") / _CHARACTERS_PER_TOKEN
         asked = sum(len(m.text) for m in entry.row.messages if m.role != "assistant") / _CHARACTERS_PER_TOKEN
         images = sum(image_token_counts(entry.row, adapter))
         tokens = round(asked + supervised) + images + _TEMPLATE_TOKENS
-        columns.append((tokens, images, max(1, round(supervised)), entry.weight))
-    return _index(columns)
+        columns[:, number], weights[number] = (tokens, images, max(1, round(supervised))), entry.weight
+    return LengthIndex(columns[0], columns[1], columns[2], weights)
 
 
 def _paper_mixture(recipe: Recipe, adapter: ModelAdapter, missing: Path) -> PlannedMixture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 
 from mirage.config.schema import Recipe
 from mirage.data.lengths import LengthIndex
+from mirage.data.row_list import RowList
 from mirage.models.adapter import ModelAdapter
 from mirage.models.attention import PACKED_SDPA, padded_positions
 from mirage.training.distributed import gather_numbers, outside_training
@@ -21,7 +22,6 @@ from mirage.training.plan import model_shape, parameter_counts, sample_work
 from mirage.training.weights import DTYPES
 
 if TYPE_CHECKING:
-    from mirage.data.sources import SourcedRow
     from mirage.training.trainer import Trainer
 
 # Forward and backward hold the copy to the device and the loss; what is in none of the parts is `other`.
@@ -106,7 +106,7 @@ class RunWork:
     gradient checkpointing computes again. Both float64.
     """
 
-    def __init__(self, recipe: Recipe, adapter: ModelAdapter, rows: Sequence[SourcedRow], index: LengthIndex) -> None:
+    def __init__(self, recipe: Recipe, adapter: ModelAdapter, rows: RowList, index: LengthIndex) -> None:
         # The parameters are counted on a model without data, which ZeRO-3 must not take for the one that it shards.
         with outside_training():
             counts = parameter_counts(adapter.config, adapter, recipe.model)
@@ -114,7 +114,7 @@ class RunWork:
         lengths: dict[str, Any] = {
             "num_tokens": index.num_tokens.astype(np.float64),
             "num_image_tokens": index.num_image_tokens.astype(np.float64),
-            "num_images": np.array([len(entry.row.images) for entry in rows], np.float64),
+            "num_images": rows.num_images.astype(np.float64),
             "num_supervised_tokens": index.num_supervised_tokens.astype(np.float64),
         }
         self.model_flops: np.ndarray = sample_work(counts, shape, recipe, **lengths, recompute=False).total

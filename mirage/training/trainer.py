@@ -19,7 +19,8 @@ from mirage.data.collate import PackedBatch, step_weight
 from mirage.data.lengths import LengthIndex, index_rows
 from mirage.data.pack import PackPlan
 from mirage.data.parts import Parts
-from mirage.data.sources import SourcedRow, load_mixture
+from mirage.data.row_list import RowList
+from mirage.data.sources import load_mixture
 from mirage.errors import RunStopped, UserError
 from mirage.files import write_atomic
 from mirage.models.attention import attention_kernels
@@ -110,14 +111,17 @@ class Trainer:
         check_same_run(self.run_dir, self.recipe)
         write_atomic(self.run_dir / "recipe.json", resolved_json(self.recipe) + "\n")
 
-    def _load_data(self) -> tuple[list[SourcedRow], LengthIndex]:
+    def _load_data(self) -> tuple[RowList, LengthIndex]:
         """Base model's folder, rows, what is left out, and length index."""
         config = self.recipe.data
         mixture = load_mixture(config, seed=self.recipe.train.seed)
         self.base = find_base(self.recipe)
-        self.adapter = load_adapter(self.base, preprocessing=self.recipe.preprocessing)
-        rows, index, too_long = index_rows(mixture.rows, self.adapter, config)
-        self.parts = Parts([entry.source for entry in rows]) if self.recipe.tracking.loss_by_part else None
+        trust = self.recipe.model.trust_remote_code
+        self.adapter = load_adapter(self.base, preprocessing=self.recipe.preprocessing, trust_remote_code=trust)
+        rows, index, too_long = index_rows(
+            mixture.rows, self.adapter, config, unusable=mixture.left_out, num_bad=mixture.num_bad
+        )
+        self.parts = Parts(rows.sources.tolist()) if self.recipe.tracking.loss_by_part else None
         self.left_out = {UNUSABLE: mixture.left_out, TOO_LONG: too_long, NOT_DRAWN: mixture.not_drawn}
         return rows, index
 

@@ -33,7 +33,7 @@ def mixture(*settings: str) -> tuple[Any, Any, list[Any], LengthIndex]:
     """(recipe, adapter, rows, index) of four samples, nothing loaded."""
     recipe = load_recipe(["recipe=tiny_internvl_mis", "data.pack_tokens=2048", "train.batch_samples=4", *settings])
     adapter = plan_adapter(recipe, model_config(recipe)[0])
-    rows = [SimpleNamespace(row=SimpleNamespace(images=[None] * number)) for number in LENGTHS["num_images"]]
+    rows = SimpleNamespace(num_images=np.array(LENGTHS["num_images"]))
     tokens, images = np.array(LENGTHS["num_tokens"], np.int32), np.array(LENGTHS["num_image_tokens"], np.int32)
     return recipe, adapter, rows, LengthIndex(tokens, images, np.full(4, 100, np.int32), np.ones(4))
 

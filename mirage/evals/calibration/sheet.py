@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections import Counter
@@ -12,12 +13,13 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from mirage.data.picture_files import picture_size
+from mirage.data.picture_files import picture_format, picture_size, read_picture
+from mirage.data.readers.images import ENDINGS
 from mirage.errors import UserError
 from mirage.evals.calibration.population import Judged, draw_sample, label_options, read_population
 from mirage.evals.results import Results
 from mirage.evals.tasks import TASKS
-from mirage.files import file_sha256, write_atomic
+from mirage.files import write_atomic
 from mirage.pages.document import page
 from mirage.pages.templates import page_template
 
@@ -64,14 +66,15 @@ def _copy_pictures(item: Judged, folder: Path) -> list[str]:
     """The item's pictures in `folder`, named by content; paths relative to the sheet."""
     names = []
     for path in item.image_paths:
-        # Only what opens as a picture is copied: the paths come from a file that may not be one's own.
+        # Only what opens as a picture is copied, and named as what it is: the paths are from a file of somebody else.
+        content = read_picture(path)
         picture_size(path)
-        name = file_sha256(path)[:24] + path.suffix.lower()
+        name = hashlib.sha256(content).hexdigest()[:24] + ENDINGS[picture_format(content)]
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / name
         if not target.exists():
             temporary = target.with_name(f".{name}.tmp")
-            temporary.write_bytes(path.read_bytes())
+            temporary.write_bytes(content)
             temporary.replace(target)
         names.append(f"{folder.name}/{name}")
     return names
