@@ -13,6 +13,7 @@ import yaml
 
 from data_gen.stages.export import SPLITS
 from data_gen.stages.licences import check_licences
+from mirage.config.yaml_tree import YamlError, parse_plain_yaml
 from mirage.data.readers.rows import ROW_COLUMN, read_rows
 from mirage.data.row import ImagePart, Message, Row, dump_row
 from mirage.errors import UserError
@@ -181,5 +182,8 @@ def _split_card(text: str) -> tuple[dict[str, Any], str]:
     if not text.startswith("---\n") or "\n---\n" not in text[4:]:
         return {}, text
     header, _, body = text[4:].partition("\n---\n")
-    loaded = yaml.safe_load(header)
+    try:
+        loaded = parse_plain_yaml(header)
+    except YamlError as error:
+        raise UserError(f"{CARD_FILE}: its header is {error}; mend the card, or remove it") from None
     return (dict(loaded) if isinstance(loaded, dict) else {}), body

@@ -65,11 +65,20 @@ def read_yaml(path: Path, *, max_values: int = MAX_VALUES) -> Node | None:
 
 def read_plain_yaml(path: Path, *, max_values: int = MAX_VALUES) -> Any:
     """A YAML file as Python data with YAML's own guesses. Raises `UserError` as `read_yaml` does."""
-    read_yaml(path, max_values=max_values)
+    text = _text(path)
     try:
-        return yaml.safe_load(_text(path))
+        return parse_plain_yaml(text, max_values=max_values)
+    except YamlError as error:
+        raise UserError(f"{path}:{error.line}: {error}" if error.line else f"{path}: {error}") from None
+
+
+def parse_plain_yaml(text: str, *, max_values: int = MAX_VALUES) -> Any:
+    """A YAML text as Python data with YAML's own guesses, none for an empty one. Raises `YamlError`."""
+    parse_yaml(text, max_values=max_values)
+    try:
+        return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # dates and numbers that are none
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise YamlError(f"not valid YAML: {' '.join(str(error).split())}", None) from None
 
 
 def _text(path: Path) -> str:

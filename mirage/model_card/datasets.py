@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mirage.config.yaml_tree import YamlError, parse_plain_yaml
 from mirage.data.row import canonical_json
 from mirage.files import file_sha256, read_object
 from mirage.model_card.facts import DatasetFacts, SourceFacts
@@ -83,8 +82,8 @@ def front_matter(card: Path) -> dict[str, Any]:
     try:
         text = card.read_text(encoding="utf-8")
         parts = text.split("---\n", 2)
-        found = yaml.safe_load(parts[1]) if text.startswith("---\n") and len(parts) == 3 else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = parse_plain_yaml(parts[1]) if text.startswith("---\n") and len(parts) == 3 else {}
+    except (OSError, UnicodeDecodeError, YamlError):
         return {}
     return found if isinstance(found, dict) else {}
 

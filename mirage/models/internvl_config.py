@@ -100,6 +100,16 @@ def native_config(published: Mapping[str, Any], *, image_token_id: int, tied: bo
     setting that transformers' native class does not compute.
     """
     check_published(published, where)
+    try:
+        return _native_config(published, image_token_id=image_token_id, tied=tied, where=where)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds for values of another type
+        reason = f"{' '.join(str(error).split()):.200}"
+        raise UserError(f"{where}: is not a usable config ({reason}); fetch the file again") from error
+
+
+def _native_config(published: Mapping[str, Any], *, image_token_id: int, tied: bool, where: Path) -> InternVLConfig:
     vision, language = published["vision_config"], published["llm_config"]
     edge = _number(vision, "image_size", where)
     ratio = float(published.get("downsample_ratio", 0.5))
@@ -150,7 +160,7 @@ def check_published(published: Mapping[str, Any], where: Path) -> None:
 def check_language(language: Mapping[str, Any], where: Path) -> str:
     """The language architecture's name; `UserError` when it is unknown."""
     architecture = _first(language.get("architectures"), None)
-    if architecture not in LANGUAGE_MODEL_TYPES:
+    if not isinstance(architecture, str) or architecture not in LANGUAGE_MODEL_TYPES:
         code = ", and it would need remote code (auto_map), which MIRage never runs" if language.get("auto_map") else ""
         known = ", ".join(LANGUAGE_MODEL_TYPES)
         raise UserError(f"{where}: llm_config.architectures is {architecture!r}{code}; known are {known}")

@@ -26,6 +26,7 @@ from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 from mirage.errors import UserError
+from mirage.strict_json import read_json_object
 
 MODEL_FILE = "tokenizer.model"
 # Upstream `conversation.py`, template internvl2_5.
@@ -82,6 +83,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     model = read_sentencepiece(folder / MODEL_FILE)
     config = _read_object(folder / "tokenizer_config.json")
     special_map = _read_object(folder / "special_tokens_map.json")
+    try:
+        return _load_tokenizer(model, config, special_map, folder)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: tokenizer_config.json, special_tokens_map.json or added_tokens.json describes tokens in a way "
+            f"that is not known ({type(error).__name__}: {error!s:.100}); fetch them again"
+        ) from error
+
+
+def _load_tokenizer(
+    model: Any, config: Mapping[str, Any], special_map: Mapping[str, Any], folder: Path
+) -> PreTrainedTokenizerFast:
     names = {
         name: _content(config.get(name) or special_map.get(name) or default)
         for name, default in (
@@ -406,12 +419,4 @@ def _content(entry: Any) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    return value
+    return read_json_object(path, remedy="fetch it again", any_number=True) if path.exists() else {}

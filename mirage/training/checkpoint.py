@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from mirage.errors import UserError, describe_refusal
 from mirage.files import file_sha256, sync, write_atomic
+from mirage.strict_json import JsonError, parse_json
 
 READY = "READY"
 NAME = re.compile(r"^checkpoint-(\d{6,})$")
@@ -94,9 +95,10 @@ class Written:
 def read_ready(folder: Path) -> dict[str, Any] | None:
     """The READY manifest of a checkpoint, or None for a folder that was never finished."""
     try:
-        return json.loads((folder / READY).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        found = parse_json((folder / READY).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, JsonError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def ready_checkpoints(run_dir: Path) -> list[Path]:
@@ -116,7 +118,10 @@ def last_resumable(run_dir: Path) -> Path | None:
 
 
 def remove_torn(run_dir: Path) -> None:
-    """Remove what an interrupted write left: folders aside, and checkpoints without READY."""
+    """Remove what an interrupted write left: folders aside, and checkpoints without READY.
+
+    READY comes whole or not at all; raises `UserError` for a damaged one, since what it marks may be whole.
+    """
     for path in [*run_dir.glob(".checkpoint-*.partial"), *run_dir.glob(".*.tmp")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -124,6 +129,8 @@ def remove_torn(run_dir: Path) -> None:
             path.unlink()
     for path in run_dir.glob("checkpoint-*"):
         if NAME.match(path.name) and read_ready(path) is None:
+            if (path / READY).exists():
+                raise UserError(f"{path / READY} is damaged; restore it from a copy, or remove {path.name} yourself")
             shutil.rmtree(path)
 
 

@@ -14,6 +14,7 @@ from mirage.config.loader import resolved_json
 from mirage.config.schema import Recipe
 from mirage.errors import UserError
 from mirage.models.adapter import PreprocessingSpec
+from mirage.strict_json import read_json_object
 from mirage.training.checkpoint import last_resumable
 from mirage.training.distributed import sum_over_ranks
 
@@ -34,7 +35,7 @@ def check_same_run(run_dir: Path, recipe: Recipe) -> None:
         return
     file = run_dir / "recipe.json"
     if file.exists():
-        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(resolved_json(recipe))
+        before, now = read_json_object(file, remedy="the run folder is damaged"), json.loads(resolved_json(recipe))
         changed = list(_changes(before, now))
         if changed:
             raise UserError(

@@ -538,6 +538,43 @@ def _read_ready(folder: Path) -> None:
     weights_fingerprint(folder).encode("utf-8")
 
 
+def _read_ready_manifest(folder: Path) -> None:
+    from mirage.errors import UserError
+    from mirage.training.checkpoint import ready_checkpoints, remove_torn
+
+    for path in ready_checkpoints(folder):
+        assert (path / "READY").is_file()
+    try:
+        remove_torn(folder)
+    except UserError:
+        assert (folder / "checkpoint-000003" / "model.safetensors").is_file(), "a damaged READY cost the checkpoint"
+        raise
+
+
+def _tokenizer(folder: Path) -> None:
+    shutil.copytree(BENCHMARKS.parent / "internvl2_5_upstream" / "tokenizer", folder, dirs_exist_ok=True)
+
+
+def _read_tokenizer(folder: Path) -> None:
+    from mirage.models.internvl_tokenizer import load_tokenizer
+
+    load_tokenizer(folder)
+
+
+def _published_model(folder: Path) -> None:
+    _put(folder / "config.json", (BENCHMARKS.parent / "internvl2_5_upstream" / "model" / "config.json").read_bytes())
+
+
+def _read_published_config(folder: Path) -> None:
+    from mirage.models.internvl_config import check_published, native_config
+    from mirage.models.safetensors_stream import read_json
+
+    path = folder / "config.json"
+    published = read_json(path)
+    check_published(published, path)
+    native_config(published, image_token_id=5, tied=False, where=path)
+
+
 def _failed_batch(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -574,6 +611,15 @@ _add("safetensors_index", "json", "model.safetensors.index.json", _weights, _rea
 _add("model_config", "json", "config.json", _weights, _read_config)
 _add("preprocessing", "json", "mirage_preprocessing.json", _weights, _read_spec)
 _add("ready", "json", "READY", _weights, _read_ready)
+_add(
+    "ready_manifest",
+    "json",
+    "checkpoint-000003/READY",
+    lambda folder: (_weights(folder / "checkpoint-000003"), _put(folder / "checkpoint-000003/model.safetensors", b"x")),
+    _read_ready_manifest,
+)
+_add("tokenizer_config", "json", "tokenizer_config.json", _tokenizer, _read_tokenizer)
+_add("published_config", "json", "config.json", _published_model, _read_published_config)
 _add("failed_batch", "binary", "batch.safetensors", _failed_batch, _read_batch)
 _add("tensor_store", "binary", f"ab/{'ab' * 32}.safetensors", _tensor_store, _read_tensor_store)
 

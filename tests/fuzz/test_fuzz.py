@@ -14,7 +14,7 @@ from tests.fuzz.campaign import Bench, main, time_limit
 from tests.fuzz.mutate import documents, mutate
 from tests.fuzz.readers import READERS
 
-NUM_EXAMPLES = 8
+NUM_EXAMPLES = 6
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -199,7 +199,7 @@ def test_damaged_files_are_user_errors(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     shutil.copyfile(TOKENIZER / "tokenizer.model", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json:1: not valid JSON"):
         load_tokenizer(tmp_path)
     decoder = {str(number): {"content": f"<{number}>"} for number in (1600, 1601)} | {"01600": {"content": "<again>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
