@@ -160,7 +160,7 @@ def retire(run_dir: Path, *, keep_last: int) -> list[Path]:
     READY goes first, so that a removal cut short leaves a folder that nothing takes for a checkpoint.
     """
     due = [path for path in due_checkpoints(run_dir) if checkpoint_step(path) > 0]
-    on_signal = [path for path in ready_checkpoints(run_dir)[:-1] if read_ready(path).get("on_signal")]
+    on_signal = [path for path in ready_checkpoints(run_dir)[:-1] if (read_ready(path) or {}).get("on_signal")]
     gone = [path for path in (*due[:-keep_last], *on_signal) if not leases(path)]
     for path in gone:
         (path / READY).unlink()

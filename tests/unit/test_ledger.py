@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from mirage.config.loader import load_recipe
 from mirage.data.lengths import index_rows
 from mirage.data.pack import PackPlan
 from mirage.data.sources import load_mixture
+from mirage.errors import UserError
 from mirage.models.registry import load_adapter
 from mirage.training.ledger import NOT_DRAWN, NOT_REACHED, TOO_LONG, UNUSABLE, Ledger, LedgerCallback
 
@@ -50,6 +53,32 @@ def test_every_row_is_trained_on_or_listed(make, tmp_path):
     assert trained | set(listed) == everything
     assert sum(line["kind"] == NOT_DRAWN for line in lines) == 3
     assert len(trained) == 12 == sum(ledger.times_seen(3))
+
+
+def test_bad_rows_of_every_kind_are_listed_and_share_one_limit(tiny_folders, shapes, tmp_path):
+    """One that cannot be read and one without an answer: found at two places, counted together."""
+    folder = Path(shutil.copytree(shapes, tmp_path / "data"))
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    numbers = [number for number, line in enumerate(lines) if json.loads(line)["split"] == "train"][:2]
+    lines[numbers[0]] = lines[numbers[0]].replace('"category"', '"categori"')
+    record = json.loads(lines[numbers[1]])
+    record["messages"].pop()
+    lines[numbers[1]] = json.dumps(record)
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    adapter = load_adapter(tiny_folders["internvl"])
+
+    def index(limit: int) -> list[str]:
+        settings = ["data.on_bad_row=skip", f"data.max_left_out={limit}", "data.sources=[{split: train}]"]
+        data = load_recipe(["recipe=tiny_internvl_mis", f"data.dir={folder}", *settings]).data
+        mixture = load_mixture(data, seed=0)
+        rows, _, too_long = index_rows(mixture.rows, adapter, data, unusable=mixture.left_out, num_bad=mixture.num_bad)
+        assert len(rows) == 6 and not too_long
+        return [entry.reason for entry in mixture.left_out]
+
+    reasons = index(2)
+    assert "categori" in reasons[0] and "has no assistant text to learn" in reasons[1] and len(reasons) == 2
+    with pytest.raises(UserError, match=r"2 rows cannot be trained on and data\.max_left_out is 1"):
+        index(1)
 
 
 def test_counts_and_words(make):

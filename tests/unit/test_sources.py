@@ -123,6 +123,34 @@ def test_skipped_rows_are_listed_and_limited(folder):
         load(folder, on_bad_row="skip")
 
 
+def test_a_picture_cut_off_is_a_bad_row_where_pictures_are_checked_whole(folder):
+    picture = first_picture(folder)
+    picture.write_bytes(picture.read_bytes()[:-60])
+    assert len(load(folder).rows) == 8, "its header is whole"
+    with pytest.raises(UserError, match=r"rows\.jsonl:\d+: row .*: image .* cannot be decoded"):
+        load(folder, check_pictures="whole")
+    mixture = load(folder, check_pictures="whole", on_bad_row="skip", max_left_out=8)
+    assert 0 < len(mixture.left_out) == 8 - len(mixture.rows)
+    assert all("cannot be decoded" in entry.reason for entry in mixture.left_out)
+
+
+def test_an_id_that_occurs_twice_is_a_bad_row(folder):
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    (folder / "rows.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:{len(lines) + 1}: row id '[0-9a-f]+' occurs twice"):
+        load(folder)
+
+
+def test_marks_of_other_systems_and_long_lines(folder):
+    """A byte order mark and CRLF are taken; a line longer than 4 MiB is one bad row, and those after it are read."""
+    file = folder / "rows.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([lines[0], "x" * (5 * 2**20), *lines[1:]]).encode() + b"\r\n")
+    mixture = load(folder, on_bad_row="skip", max_left_out=1)
+    assert len(mixture.rows) == 8
+    assert "rows.jsonl:2: the line is longer than 4 MiB" in mixture.left_out[0].reason
+
+
 def test_max_samples_draws_the_same_rows_again(shapes):
     source = SourceConfig(split="train", max_samples=3)
     chosen = [load_mixture(DataConfig(dir=shapes, sources=(source,)), seed=seed).rows for seed in (1, 1, 2)]
