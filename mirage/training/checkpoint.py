@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mirage.strict_json import JsonError, parse_json
 READY = "READY"
 NAME = re.compile(r"^checkpoint-(\d{6,})$")
 LEASE_SUFFIX = ".lease"
+_NUM_HASHED_TOGETHER = 8
 # Of an evaluation that waits; it needs no process that holds it.
 WAITING_LEASE = f"evaluation{LEASE_SUFFIX}"
 
@@ -62,11 +64,11 @@ def publish(aside: Path, final: Path, *, step: int, is_due: bool = True) -> None
 
     READY of one that the recipe does not make due, which a signal asked for, says so.
     """
-    hashes = {}
-    for path in sorted(aside.rglob("*")):
-        if path.is_file():
-            sync(path)
-            hashes[path.relative_to(aside).as_posix()] = file_sha256(path)
+    files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+    # Waiting for the disk and hashing leave Python to others: large files are done side by side.
+    with ThreadPoolExecutor(_NUM_HASHED_TOGETHER) as pool:
+        digests = list(pool.map(_synced_sha256, files))
+    hashes = {path.relative_to(aside).as_posix(): digest for path, digest in zip(files, digests)}
     if final.exists():
         shutil.rmtree(final)
     aside.replace(final)
@@ -75,6 +77,11 @@ def publish(aside: Path, final: Path, *, step: int, is_due: bool = True) -> None
     if not is_due:
         manifest["on_signal"] = True
     write_atomic(final / READY, json.dumps(manifest, indent=2) + "\n")
+
+
+def _synced_sha256(path: Path) -> str:
+    sync(path)
+    return file_sha256(path)
 
 
 class Written:

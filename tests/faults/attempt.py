@@ -163,6 +163,7 @@ def _hit(
     else:
         moment = _wait_for_moment(command, part, folder, aim, chance, whole=whole, before=before, last=last)
     if command.is_over():
+        _note_end(command, last)
         return _judge_end(command, folder, attempt)
     hit = _victims(command.members(), aim, chance)
     num_hit, seconds, killed_at = command.kill(hit), command.seconds, time.monotonic()
@@ -258,10 +259,14 @@ def _finish(command: Command, part: Part, folder: Path, attempt: Attempt) -> boo
     last = attempt.kills[-1] if attempt.kills else None
     _first_work(command, part, folder, before=part.progress(folder), last=last)
     wait_for(command.is_over, timeout_seconds=COMMAND_SECONDS, step_seconds=0.01)
-    if last is not None and last.resume_seconds is None and command.is_over():
-        # Nothing was left to do but to end.
-        last.resume_seconds = command.seconds
+    _note_end(command, last)
     return _judge_end(command, folder, attempt)
+
+
+def _note_end(command: Command, last: Kill | None) -> None:
+    """Where nothing was left to do but to end."""
+    if last is not None and last.resume_seconds is None and command.is_over():
+        last.resume_seconds = command.seconds
 
 
 def _judge_end(command: Command, folder: Path, attempt: Attempt) -> bool:

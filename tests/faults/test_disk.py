@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from mirage.errors import describe_refusal
 from mirage.files import temporary_of, write_atomic
 from mirage.training.checkpoint import Written
-from tests.faults.attempt import environment, prepare, run_undisturbed
+from tests.faults.attempt import environment, run_undisturbed
 from tests.faults.chain import PARTS, Inputs, names_aside, result
 from tests.faults.processes import Command, wait_for
 
@@ -112,11 +113,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def num_bytes(folder: Path) -> int:
-    """Of the folder on a tmpfs, whose files take whole pages."""
-    return sum(-(-path.lstat().st_size // 4096) * 4096 + 4096 for path in folder.rglob("*"))
-
-
 def run_part(name: str, inputs: Inputs, folder: Path, scratch: Path, *, tag: str) -> tuple[int, str]:
     """The part's command with caches and temporary files elsewhere: exit code and what it said."""
     scratch.mkdir(exist_ok=True)
@@ -135,13 +131,14 @@ def check_message(said: str, expected: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "share"), [("make", 0.5), ("pipeline", 0.5), ("evaluate", 0.3), ("train", 0.6)])
+@pytest.mark.parametrize(("name", "share"), [("make", 0.5), ("pipeline", 0.5), ("evaluate", 0.5), ("train", 0.6)])
 def test_a_full_disk(name: str, share: float, inputs: Inputs, disk: Path, tmp_path: Path) -> None:
     part = BY_NAME[name]
     whole = run_undisturbed(part, inputs, disk / "whole", address="")
-    size = num_bytes(disk / "whole") - num_bytes(disk / "whole" / "cache") - num_bytes(disk / "whole" / "tmp")
-    prepare(part, inputs, tmp_path / "unused")
-    subprocess.run(["rm", "-rf", str(disk / "whole")], check=True)
+    for name_inside in ("cache", "tmp"):
+        shutil.rmtree(disk / "whole" / name_inside)
+    size = shutil.disk_usage(disk).used
+    shutil.rmtree(disk / "whole")
     (disk / "work").mkdir()
     remount(disk, f"size={int(size * share)}")
     code, said = run_part(name, inputs, disk / "work", tmp_path / "scratch", tag="full")
@@ -151,7 +148,10 @@ def test_a_full_disk(name: str, share: float, inputs: Inputs, disk: Path, tmp_pa
     remount(disk, "size=64m")
     code, said = run_part(name, inputs, disk / "work", tmp_path / "scratch", tag="again")
     assert code == 0, said[-3000:]
-    assert result(disk / "work") == whole.result and names_aside(disk / "work") == []
+    found = result(disk / "work")
+    # It tells of the disk.
+    found.pop("run/alerts.jsonl", None)
+    assert found == whole.result and names_aside(disk / "work") == []
 
 
 @pytest.mark.slow
