@@ -67,6 +67,7 @@ class Sender:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped: str | None = None
         self._was_answered = False
+        self._timeouts_in_a_row = 0
         # Waits only: a generator of its own leaves everybody's random numbers as they are.
         self._jitter = random.Random(0)
 
@@ -111,6 +112,7 @@ class Sender:
         try:
             if self._stopped is not None:
                 raise UserError(self._stopped)
+            self._give_up_silent()
             await self.ledger.reserve(request.worst_usd)
             # Unknown until the reply says it: a request that is torn off may have been charged.
             cost_usd: float | None = None
@@ -158,7 +160,20 @@ class Sender:
             self._was_answered |= outcome.cause not in ("connection", "timeout")
         else:
             self._was_answered = True
+        timed_out = isinstance(outcome, TransientFault) and outcome.cause == "timeout"
+        self._timeouts_in_a_row = self._timeouts_in_a_row + 1 if timed_out else 0
         return outcome
+
+    def _give_up_silent(self) -> None:
+        """Raise `EndpointFailure` for an endpoint that hangs: as many requests as a full round of calls may make have
+        timed out with no answer between. One request at a time finds out whether it is back."""
+        most = self._config.concurrency * self._config.max_attempts
+        if self._timeouts_in_a_row >= most and self.limiter.num_active > 1:
+            raise EndpointFailure(
+                "transient",
+                f"not sent: the endpoint has answered none of the last {self._timeouts_in_a_row} requests within "
+                f"timeout_seconds = {self._config.timeout_seconds:g}",
+            )
 
     def _book(self, call: Call, request: Request, outcome: Mapping[str, Any] | Exception) -> float | None:
         """Add what the request used to its call; returns its cost, None if that is not known."""
