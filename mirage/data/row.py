@@ -7,7 +7,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from mirage.safe_paths import stays_inside
 
@@ -80,7 +80,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Message(_Strict):
     role: Literal["system", "user", "assistant"]
-    content: tuple[Part, ...]
+    content: Annotated[tuple[Part, ...], FailFast()]
 
     @property
     def text(self) -> str:
@@ -108,7 +108,7 @@ class Segments(_Strict):
 class Choice(_Strict):
     """A multiple-choice target: `options[answer]` is right."""
 
-    options: tuple[str, ...] = Field(min_length=2)
+    options: Annotated[tuple[str, ...], FailFast()] = Field(min_length=2)
     answer: int = Field(ge=0)
 
     @model_validator(mode="after")
@@ -133,15 +133,16 @@ class Row(_Strict):
     split: Split
     category: str = Field(description="one of the paper's six categories, or 'General'")
     sub_category: str
-    images: tuple[ImageRef, ...]
-    messages: tuple[Message, ...] = Field(min_length=1)
+    # One wrong item is enough to know: a list of a million would take a gigabyte to complain about.
+    images: Annotated[tuple[ImageRef, ...], FailFast()]
+    messages: Annotated[tuple[Message, ...], FailFast()] = Field(min_length=1)
     label: Label | None = None
     segments: Segments | None = None
     choice: Choice | None = None
     twin_of: str | None = Field(default=None, description="id of the risky row this benign row mirrors")
     twin_kind: str | None = None
     tags: dict[str, str] = Field(default_factory=dict, description="e.g. phrasing family, class pair")
-    lineage: tuple[LineageStep, ...] = ()
+    lineage: Annotated[tuple[LineageStep, ...], FailFast()] = ()
     checks: dict[str, str] = Field(default_factory=dict, description="check name -> 'ok' or what was found")
     licence: str
 

@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from mirage.data.row import Row
 
 MAX_PROBLEMS = 5
+# pydantic words all problems or none, which for a million of them takes a minute and a gigabyte.
+_MAX_LISTED = 10_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Passed:
 
 def explain(error: ValidationError) -> str:
     """A pydantic error as one line: field, what is wrong, what was found; of many problems the first few."""
+    if error.error_count() > _MAX_LISTED:
+        return f"{error.error_count():,} problems; it has another form altogether"
     problems = []
     for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
         place = f"{'.'.join(str(part) for part in item['loc']) or 'row':.120}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from mirage.data.row import Choice, Decision, ImagePart, Message, TextPart, canonical_json
 from mirage.errors import UserError
@@ -23,7 +23,7 @@ class ExchangedSample(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
-    messages: tuple[Message, ...]
+    messages: Annotated[tuple[Message, ...], FailFast()]
     category: str
     sub_category: str
     cluster: str
