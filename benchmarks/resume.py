@@ -33,7 +33,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SETTINGS = ("eval.mode=off", "tracking.wandb=off", "tracking.console=quiet", "train.epochs=1000", "data.num_workers=0")
+SETTINGS = (
+    "eval.mode=off", "tracking.wandb=off", "tracking.console=quiet", "train.epochs=1000", "data.num_workers=0",
+    "data.sources=[{split: train}, {split: train_twins}, {split: train_general}]",
+)  # fmt: skip
 # The first steps allocate memory.
 SKIPPED_STEPS = 2
 # What each rank runs: the ordinary program, whose first rank notes when it gets where.

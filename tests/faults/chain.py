@@ -19,7 +19,7 @@ _ASIDE = (".partial", ".tmp", ".merged", ".building", ".old")
 # Of a metrics line: time, speed, memory and what follows from them (docs/dashboard.md, "Speed and time").
 _MEASURED = ("second", "mfu", "hfu", "memory", "wait_share", "imbalance_measured")
 # Bookkeeping with times or a machine's facts in it, and locks.
-_TIMED = ("summary.json", "card.json", "usage.jsonl", "README.md", "report.html", "alerts.jsonl")
+_TIMED = ("summary.json", "card.json", "usage.jsonl", "README.md", "report.html")
 
 
 @dataclass(frozen=True)
@@ -306,8 +306,8 @@ def result(folder: Path) -> dict[str, str]:
         for name in [*(n for n in folders if Path(parent, n).is_symlink()), *sorted(files)]:
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
-            # What was repeated after a kill is kept aside, and so is there after kills only.
-            if name.endswith(".lock") or name in ("log.txt", "metrics.rewound.jsonl"):
+            # What was repeated after a kill is kept aside, and alerts tell of it: both are there after faults only.
+            if name.endswith(".lock") or name in ("log.txt", "metrics.rewound.jsonl", "alerts.jsonl"):
                 continue
             found[relative] = str(path.readlink()) if path.is_symlink() else _digest(path)
     return found

@@ -126,7 +126,7 @@ def run_part(name: str, inputs: Inputs, folder: Path, scratch: Path, *, tag: str
 def check_message(said: str, expected: str) -> None:
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     own = said.split("torch/distributed/elastic")[0]
-    assert errors and all(expected in line for line in errors), said[-3000:]
+    assert errors and all(expected in line.lower() for line in errors), said[-3000:]
     assert "Traceback" not in own, said[-3000:]
 
 
@@ -143,15 +143,12 @@ def test_a_full_disk(name: str, share: float, inputs: Inputs, disk: Path, tmp_pa
     remount(disk, f"size={int(size * share)}")
     code, said = run_part(name, inputs, disk / "work", tmp_path / "scratch", tag="full")
     assert code != 0
-    check_message(said, "no space left on the disk")
+    check_message(said, "no space left on")
     assert part.problems(disk / "work") == []
     remount(disk, "size=64m")
     code, said = run_part(name, inputs, disk / "work", tmp_path / "scratch", tag="again")
     assert code == 0, said[-3000:]
-    found = result(disk / "work")
-    # It tells of the disk.
-    found.pop("run/alerts.jsonl", None)
-    assert found == whole.result and names_aside(disk / "work") == []
+    assert result(disk / "work") == whole.result and names_aside(disk / "work") == []
 
 
 @pytest.mark.slow
@@ -160,4 +157,4 @@ def test_a_read_only_folder(name: str, inputs: Inputs, disk: Path, tmp_path: Pat
     remount(disk, "ro")
     code, said = run_part(name, inputs, disk, tmp_path / "scratch", tag="ro")
     assert code != 0
-    check_message(said, "Read-only file system")
+    check_message(said, "read-only file system")
