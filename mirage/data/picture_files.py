@@ -17,8 +17,8 @@ from mirage.safe_paths import open_regular, printable
 
 # Pillow knows more formats; some of them start other programs (EPS) or have no bounds.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# By the header, before a pixel is unpacked: 402 MB as RGB. Scanned photographs and panoramas stay below.
-MAX_PIXELS = 2**27
+# By the header, before a pixel is unpacked: 201 MB as RGB, about three seconds. Cameras and scanners stay below.
+MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 512 * 1024**2
 
 
@@ -26,7 +26,7 @@ def open_picture(path: Path | None, *, content: bytes | None = None) -> Image.Im
     """An RGB image, EXIF rotation applied, transparency laid on white, of an animation the first frame.
 
     CMYK is converted without its colour profile; 16-bit grey keeps its upper 8 bits. Raises `UserError` for a file that
-    is no picture, cannot be decoded whole, or has more than 134 million pixels. `content` is the file's bytes, where
+    is no picture, cannot be decoded whole, or has more than 67 million pixels. `content` is the file's bytes, where
     the caller has read them; without a path the message names their number.
     """
     with _image(path, content, fault="cannot be decoded") as image:

@@ -52,7 +52,7 @@ def replaced(make: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "bomb": (lambda path: path.write_bytes(png_claiming(100_000, 100_000)), "far more than the 134,217,728 pixels"),
+    "bomb": (lambda path: path.write_bytes(png_claiming(100_000, 100_000)), "far more than the 67,108,864 pixels"),
     "large": (lambda path: path.write_bytes(png_claiming(12_000, 12_000)), "has 12000 x 12000 pixels, at most"),
     "empty": (lambda path: path.write_bytes(b""), r"is empty \(0 bytes\)"),
     "text": (lambda path: path.write_bytes(b"<svg/>"), "it is none of PNG, JPEG, WEBP, GIF, BMP, TIFF"),
