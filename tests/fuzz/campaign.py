@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import shutil
@@ -39,6 +40,8 @@ MEMORY_BYTES, MEMORY_PER_BYTE = 64 * 1024**2, 100
 TRACE_EVERY = 20
 MAX_MESSAGE_CHARS = 8_000
 MAX_SAVED = 20
+# A process loads the libraries anew, which takes seconds.
+SHARE_CASES = 10_000
 
 
 class Hang(BaseException):
@@ -157,11 +160,14 @@ def run_share(name: str, seed: int, numbers: range, out: str) -> Tally:
     with tempfile.TemporaryDirectory() as root:
         try:
             bench = Bench(name, Path(root).resolve())
-            # What is loaded at first use is no case's memory; whether the good document is read well is case 0.
-            with contextlib.suppress(AssertionError, LookupError, TypeError, ValueError):
-                bench.read(bench.good)
+            # What is loaded at first use is no case's memory.
+            bench.read(bench.good)
         except ImportError as error:
             tally.skipped = str(error)
+            return tally
+        except Exception as error:
+            tally.cases = tally.failed = 1
+            tally.failures.append({"case": 0, "raised": f"the good document is not read: {error!r}"})
             return tally
         resident = _resident_bytes()
         began = time.perf_counter()
@@ -219,26 +225,48 @@ def _resident_bytes() -> int:
 
 
 def run(names: Sequence[str], *, cases: int, seed: int, jobs: int, out: Path) -> list[Tally]:
-    """The campaign; shares of a reader's cases go to as many processes as there are."""
-    parts = max(1, min(jobs, cases // 500))
-    shares = [
-        (name, seed, range(start, cases, parts), str(out)) for name in names for start in range(parts)
-    ]  # fmt: skip
+    """The campaign; shares of a reader's cases go to processes of their own, `jobs` at a time."""
+    parts = 1 if jobs == 1 else max(1, min(jobs, cases // SHARE_CASES))
+    shares = [(name, seed, range(start, cases, parts), str(out)) for name in names for start in range(parts)]
     tallies = {name: Tally(name) for name in names}
-    if jobs == 1:
-        for share in shares:
-            tallies[share[0]].add(run_share(*share))
-    else:
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(jobs, maxtasksperchild=8) as pool:
-            for tally in pool.imap_unordered(_unpacked, shares):
-                tallies[tally.reader].add(tally)
-                print(f"{tally.reader}: {tallies[tally.reader].cases} of {cases}", file=sys.stderr, flush=True)
+    for tally in map(_unpacked, shares) if jobs == 1 else _in_processes(shares, jobs):
+        tallies[tally.reader].add(tally)
+        if jobs > 1:
+            print(f"{tally.reader}: {tallies[tally.reader].cases} of {cases}", file=sys.stderr, flush=True)
     return list(tallies.values())
 
 
-def _unpacked(share: tuple[str, int, range, str]) -> Tally:
+Share = tuple[str, int, range, str]
+
+
+def _unpacked(share: Share) -> Tally:
     return run_share(*share)
+
+
+def _in_processes(shares: Sequence[Share], jobs: int) -> Iterator[Tally]:
+    """The shares' tallies as they come. A process that dies, by a fault in a library's own code say, is a failure."""
+    context = multiprocessing.get_context("spawn")
+    waiting, running = list(reversed(shares)), {}
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                share, file = waiting.pop(), Path(folder) / f"{len(waiting)}.json"
+                process = context.Process(target=_run_into, args=(file, share))
+                process.start()
+                running[process] = share, file
+            multiprocessing.connection.wait([process.sentinel for process in running])
+            for process in [process for process in running if process.exitcode is not None]:
+                share, file = running.pop(process)
+                if process.exitcode == 0:
+                    yield Tally(**json.loads(file.read_text(encoding="utf-8")))
+                else:
+                    name, _, numbers, _ = share
+                    ended = f"a process ended with {process.exitcode}; its cases: {numbers}"
+                    yield Tally(name, cases=1, failed=1, failures=[{"case": -1, "raised": ended}])
+
+
+def _run_into(file: Path, share: Share) -> None:
+    file.write_text(json.dumps(asdict(run_share(*share))), encoding="utf-8")
 
 
 def table(tallies: Sequence[Tally]) -> str:
