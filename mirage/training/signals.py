@@ -45,12 +45,14 @@ class SignalWatch:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within steps: signals are noted."""
+        """Within steps: signals are noted. SIGTERM after the last step ends the run before what follows it."""
         self._waiting = True
         try:
             yield
         finally:
             self._waiting = False
+        if signal.SIGTERM in self._heard:
+            raise Terminated(agreed=False)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -73,6 +75,8 @@ class SignalWatch:
         self._heard.discard(signal.SIGUSR1)
 
     def _hear(self, number: int, _frame: Any) -> None:
+        # A scheduler and a launcher may both send it; the second must not cut off what the first has set going.
+        is_first = number not in self._heard
         self._heard.add(number)
-        if number == signal.SIGTERM and not self._waiting:
+        if number == signal.SIGTERM and is_first and not self._waiting:
             raise Terminated(agreed=False)
