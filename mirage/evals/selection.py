@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from mirage.config.schema import SelectConfig
@@ -182,7 +184,8 @@ def _kind(results: Results, candidate: Candidate) -> _Kind:
 def _usual_kind(evaluations: Mapping[str, Results], every: Sequence[Candidate]) -> _Kind | None:
     """The kind with the most samples; of equals the one that most evaluations have, then the later one."""
     kinds = [_kind(evaluations[item.name], item) for item in every]
-    ranks = [(sum(size for _, size in kind[0]), kinds.count(kind), place) for place, kind in enumerate(kinds)]
+    counts = Counter(kinds)
+    ranks = [(sum(size for _, size in kind[0]), counts[kind], place) for place, kind in enumerate(kinds)]
     return kinds[max(ranks)[2]] if ranks else None
 
 
@@ -202,9 +205,14 @@ def _other_kind(candidate: Candidate, results: Results, usual: _Kind | None) -> 
 def _drop_dominated(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Exclude what another candidate is no worse than on all axes and better than on one; ties keep both."""
     standing = [item for item in candidates if item.excluded is None]
+    costs = np.array([_costs(item) for item in standing])
     found = []
     for item in candidates:
-        better = next((other for other in standing if _dominates(other, item)), None) if item in standing else None
+        better = None
+        if item.excluded is None:
+            own = np.array(_costs(item))
+            dominating = (costs <= own).all(axis=1) & (costs < own).any(axis=1)
+            better = standing[int(dominating.argmax())] if dominating.any() else None
         found.append(_excluded(item, f"{better.name} is as good or better on every axis" if better else None))
     return found
 
@@ -213,11 +221,6 @@ def _costs(candidate: Candidate) -> tuple[float, ...]:
     """Lower is better; an axis that nobody has measured costs nothing."""
     limits = candidate.limits
     return limits["safety"] or 0.0, limits["over_refusal"] or 0.0, -(limits["general"] or 0.0)
-
-
-def _dominates(one: Candidate, other: Candidate) -> bool:
-    first, second = _costs(one), _costs(other)
-    return first != second and all(a <= b for a, b in zip(first, second, strict=True))
 
 
 def _beyond_limits(candidate: Candidate, baseline: Candidate | None, config: SelectConfig) -> str | None:
