@@ -215,7 +215,7 @@ def _wait_for_moment(
         return f"{limit:.2f} s"
     if _first_work(command, part, folder, before=before, last=last) is None:
         return "end"
-    limit = command.seconds + chance.uniform(0.0, whole.seconds - whole.first_seconds)
+    limit = command.seconds + chance.uniform(0.0, 0.8 * (whole.seconds - whole.first_seconds))
     wait_for(lambda: command.is_over() or command.seconds > limit, timeout_seconds=COMMAND_SECONDS)
     return "at work"
 
