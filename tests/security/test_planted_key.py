@@ -267,8 +267,8 @@ def test_a_run_that_crashes_and_goes_on_leaves_the_key_nowhere(
             "data.sources=[{split: train}, {split: train_twins}, {split: train_general}]", "train.max_steps=6",
             "checkpoint.every_steps=2", "train.precision=fp32", "tracking.wandb=offline", "tracking.console=plain",
             "eval.tasks=[mis_hard, general]", "eval.max_samples=4", "eval.max_new_tokens=8", "eval.judge=endpoint",
-            f"eval.judge_endpoint.base_url={server.base_url}", "eval.judge_endpoint.model=fake", "eval.max_unscored=0.99",
-            "eval.judge_endpoint.api_key_env=JUDGE_API_KEY",
+            f"eval.judge_endpoint.base_url={server.base_url}", "eval.judge_endpoint.model=fake",
+            "eval.max_unscored=0.99", "eval.judge_endpoint.api_key_env=JUDGE_API_KEY",
         ]  # fmt: skip
         said: list[bytes] = []
         for crash in (True, False):
