@@ -141,25 +141,50 @@ def measure(settings: list[str]) -> dict[str, Any]:
     import torch
 
     from mirage.config.loader import load_recipe
-    from mirage.models.attention import padded_positions
     from mirage.training.launch import prepare_process
-    from mirage.training.plan import model_config, model_shape, parameter_counts, plan_adapter
-    from mirage.training.plan_memory import PackShape, memory_plan
     from mirage.training.trainer import Trainer
-    from mirage.training.weights import find_base
 
     torch.set_num_threads(1)
     recipe = load_recipe(settings)
-    find_base(recipe)
-    # Before DeepSpeed starts: within its ZeRO-3 process no model is built without memory.
-    config, _ = model_config(recipe)
-    adapter = plan_adapter(recipe, config)
-    counts, shape = parameter_counts(config, adapter, recipe.model), model_shape(config, adapter)
+    sizes = planned_sizes(recipe)
     prepare_process(recipe)
     tracker = _tracker()
     trainer = Trainer(recipe, [tracker])
     trainer.fit()
-    index, plans = trainer.index, []
+    tokens, plan = largest_plan(trainer, sizes)
+    return {
+        "parameters": sizes[0].num_total,
+        "tokens": tokens,
+        "predicted": plan.tensor_bytes(plan.peak),
+        "predicted_process": plan.total,
+        "moments": {name: plan.tensor_bytes(name) for name in plan.moments},
+        "parts": {name: size for name, size in plan.device.items() if not name.startswith("context")},
+        "measured": tracker.peaks,
+        "before": tracker.before,
+        "process": tracker.process,
+    }
+
+
+def planned_sizes(recipe: Any) -> tuple[Any, Any]:
+    """Parameter counts and model shape as the plan takes them, the base found (or built) first.
+
+    To be called before DeepSpeed starts: within its ZeRO-3 process no model is built without memory.
+    """
+    from mirage.training.plan import model_config, model_shape, parameter_counts, plan_adapter
+    from mirage.training.weights import find_base
+
+    find_base(recipe)
+    config, _ = model_config(recipe)
+    adapter = plan_adapter(recipe, config)
+    return parameter_counts(config, adapter, recipe.model), model_shape(config, adapter)
+
+
+def largest_plan(trainer: Any, sizes: tuple[Any, Any]) -> tuple[int, Any]:
+    """(tokens, memory plan) of the pack of this rank whose plan is the largest, over all steps of the run."""
+    from mirage.models.attention import padded_positions
+    from mirage.training.plan_memory import PackShape, memory_plan
+
+    index, plans, (counts, shape) = trainer.index, [], sizes
     for row in (micro[trainer.rank] for step in range(trainer.total_steps) for micro in trainer.plan.step(step).rows):
         if not row:
             continue
@@ -171,19 +196,9 @@ def measure(settings: list[str]) -> dict[str, Any]:
             supervised_share=float(index.num_supervised_tokens[list(row)].sum() / tokens),
             attention_padding=padded_positions(lengths.tolist()) / tokens,
         )
-        plans.append((tokens, memory_plan(counts, shape, recipe, world_size=trainer.world_size, pack=pack)))
-    tokens, plan = max(plans, key=lambda pair: pair[1].total)
-    return {
-        "parameters": counts.num_total,
-        "tokens": tokens,
-        "predicted": plan.tensor_bytes(plan.peak),
-        "predicted_process": plan.total,
-        "moments": {name: plan.tensor_bytes(name) for name in plan.moments},
-        "parts": {name: size for name, size in plan.device.items() if not name.startswith("context")},
-        "measured": tracker.peaks,
-        "before": tracker.before,
-        "process": tracker.process,
-    }
+        plan = memory_plan(counts, shape, trainer.recipe, world_size=trainer.world_size, pack=pack)
+        plans.append((tokens, plan))
+    return max(plans, key=lambda pair: pair[1].total)
 
 
 def _tracker() -> Any:

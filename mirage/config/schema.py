@@ -317,7 +317,7 @@ class TrainConfig(_Section):
     loss_chunk_tokens: int = Field(default=2048, gt=0)
     """Supervised positions whose logits exist at one time."""
     loss_kernel: Literal["auto", "torch", "liger"] = "auto"
-    """What computes head and loss; auto takes liger-kernel where it is installed, a GPU present and weights are 1."""
+    """What computes head and loss; auto is torch. Liger is slower and holds fewer logits at a time."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order, of adapters' initial weights and of a tiny model."""
     log_every: int = Field(default=1, gt=0)

@@ -198,7 +198,7 @@ class Checker:
             sample.weight * float(reduction_weight(float(sample.num_supervised_tokens), self.reduction))
             for sample in samples
         ]
-        kernel, _ = choose_kernel(recipe.train.loss_kernel, device_type=self.device.type, reduction=self.reduction)
+        kernel, _ = choose_kernel(recipe.train.loss_kernel, device_type=self.device.type)
         self.packed_model = PackedLossModel(model, kernel=kernel)
 
     def results(self) -> Iterator[Result]:

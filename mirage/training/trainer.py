@@ -129,7 +129,7 @@ class Trainer:
         train, asked = self.recipe.train, self.recipe.model.attention
         dtype = DTYPES[train.precision]
         self.kernels |= attention_kernels(self.model, asked, device_type=self.device.type, dtype=dtype)
-        kernel, why = choose_kernel(train.loss_kernel, device_type=self.device.type, reduction=train.loss_reduction)
+        kernel, why = choose_kernel(train.loss_kernel, device_type=self.device.type)
         self.kernels["loss"] = f"{kernel} ({why})"
         wrapped = PackedLossModel(self.model, kernel=kernel).train()
         if train.deterministic:
