@@ -12,12 +12,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
 from torch.autograd.function import once_differentiable
 
 from mirage.errors import UserError
-
 
 # 16 bytes in the narrowest type that is trained in, bf16.
 _ALIGNED_ELEMENTS = 8
@@ -171,8 +169,8 @@ def _chunked_loss(
 def _aligned_rows(num_rows: int, weight: torch.Tensor) -> torch.Tensor:
     """Room for logits [num_rows, V] whose rows all start at a multiple of 16 bytes.
 
-    InternVL2.5-8B's vocabulary is odd (92,553). Rows laid end to end are then out of step with what a GPU loads at once:
-    on an H100 the head took 59.6 ms there and 15.6 ms with 92,560 (3,072 positions, bf16).
+    InternVL2.5-8B's vocabulary is odd (92,553). Rows laid end to end are then out of step with what a GPU loads at
+    once: on an H100 such a head took 59.6 ms, and 15.6 ms with 92,560 entries (3,072 positions, bf16).
     """
     width = -(-len(weight) // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS
     return weight.new_empty(num_rows, width)[:, : len(weight)]
