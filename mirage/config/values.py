@@ -104,7 +104,14 @@ def _parse_float(text: str) -> float:
     return value
 
 
+def _parse_text(text: str) -> str:
+    # A command line's bytes that are no UTF-8 come as half surrogates, which no file of the run can hold.
+    text.encode("utf-8")
+    return text
+
+
 def _parse_path(text: str) -> Path:
+    _parse_text(text)
     if not text.strip() or "\0" in text:
         raise ValueError(text)
     return Path(text).expanduser() if text.startswith("~/") else Path(text)
@@ -114,7 +121,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     bool: _parse_bool,
     int: _parse_int,
     float: _parse_float,
-    str: str,
+    str: _parse_text,
     Path: _parse_path,
 }
 

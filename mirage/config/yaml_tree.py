@@ -12,6 +12,7 @@ import yaml
 from mirage.config.values import Scalar
 from mirage.errors import UserError
 from mirage.safe_paths import open_regular
+from mirage.strict_json import is_too_deep
 from mirage.tracking.redact import refuse_secrets
 
 # A recipe has a few hundred values. Aliases of aliases make billions of them out of a few lines.
@@ -38,6 +39,9 @@ class YamlError(Exception):
 
 def parse_yaml(text: str, *, max_values: int = MAX_VALUES) -> Node | None:
     """The tree of one YAML document, None for an empty one. Raises `YamlError`."""
+    # PyYAML takes time by the square of the depth to find out.
+    if is_too_deep(text):
+        raise YamlError("not valid YAML: too many values inside each other, or brackets that do not match", None)
     try:
         loader = _Loader(text, max_values)
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mirage.errors import UserError
 from mirage.models.adapter import IGNORE_INDEX, GenerationAdapter, ProcessorSpec, Question, RenderedText, image_order
 from mirage.models.strict_loading import ONE_LOAD
 from mirage.models.template_trial import try_template
+from mirage.strict_json import read_json_object
 
 # What decides how a processor asks; a change of any is another way to ask.
 PROCESSOR_FILES = (
@@ -175,8 +175,8 @@ def _without_video(processor_class: Any, folder: Path) -> Any:
 def _processor_name(folder: Path, model_type: str) -> str | None:
     for file in ("processor_config.json", "preprocessor_config.json"):
         if (folder / file).is_file():
-            name = json.loads((folder / file).read_text(encoding="utf-8")).get("processor_class")
-            if name and hasattr(transformers, name):
+            name = read_json_object(folder / file, remedy="fetch it again", any_number=True).get("processor_class")
+            if isinstance(name, str) and hasattr(transformers, name):
                 return name
     return PROCESSOR_MAPPING_NAMES.get(model_type)
 

@@ -5,7 +5,6 @@ Nothing is loaded: models are built on the meta device, so an 8B plan takes a se
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from mirage.config.schema import ModelConfig, Recipe
 from mirage.errors import UserError
 from mirage.models.adapter import ModelAdapter
+from mirage.strict_json import read_json_object
 
 PARTS = ("vision", "projector", "embeddings", "language", "head")
 
@@ -160,14 +160,12 @@ def _local_config(model: ModelConfig, family: str) -> Any | None:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"model.path={model.path}: the folder has no config.json")
-    try:
-        published = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
-    model_type = published.get("model_type") if isinstance(published, dict) else None
+    published = read_json_object(file, remedy="fetch it again", any_number=True)
+    model_type = published.get("model_type")
     if model_type == "internvl_chat" and family == "internvl":
-        from mirage.models.internvl_config import native_config
+        from mirage.models.internvl_config import check_published, native_config
 
+        check_published(published, file)
         tied = bool(published.get("llm_config", {}).get("tie_word_embeddings", False))
         # Sizes are all that is asked of it: the token's number does not matter.
         return native_config(published, image_token_id=0, tied=tied, where=file)

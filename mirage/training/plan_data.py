@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mirage.data.render import image_token_counts
 from mirage.data.row_list import RowList
 from mirage.data.sources import load_mixture, read_rows
 from mirage.models.adapter import ModelAdapter
+from mirage.strict_json import read_json_object
 from mirage.training.plan import plan_adapter
 
 # The paper's mixture (section 3.2 and table 7): 3,927 MIS rows and 500 general ones, two pictures a row.
@@ -80,7 +80,7 @@ def _adapter_with_tokenizer(recipe: Recipe, config: Any) -> ModelAdapter | None:
 
 
 def _is_published(folder: Path) -> bool:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "config.json", remedy="fetch it again", any_number=True)
     return config.get("model_type") == "internvl_chat"
 
 

@@ -379,17 +379,24 @@ def _read_mis_test(folder: Path) -> None:
 
 def _exchanged(folder: Path) -> None:
     from mirage.evals.interchange.vlmevalkit import write_tsv
-
-    _dataset(folder.parent / "rows")
-    _write_exchanged(write_tsv, folder)
-
-
-def _write_exchanged(write: Callable[..., Any], folder: Path) -> None:
     from mirage.evals.tasks.rows import load_split
+    from tests.support.dataset import write_dataset
 
-    write(load_split(folder.parent / "rows", "hard", task="mis_hard"), folder / "Own.tsv")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = write_dataset(folder.parent / "rows", edge=16, seed_rows=2)
+    write_tsv(load_split(rows, "general", task="general")[:2], folder / "Own.tsv", task="general")
 
 
+def _read_exchanged(folder: Path) -> None:
+    from mirage.evals.interchange.vlmevalkit import read_tsv
+    from mirage.evals.tasks.exchanged import right_answer
+
+    for sample in read_tsv(folder / "Own.tsv"):
+        _check_sample(sample)
+        right_answer(sample)
+
+
+_add("exchanged", "tsv", "Own.tsv", _exchanged, _read_exchanged)
 _add("mis_test", "json", "mis_hard.json", _mis_test, _read_mis_test)
 
 

@@ -188,6 +188,7 @@ def test_lists_read_alike_with_commas_as_yaml_and_as_json(groups: list[str]) -> 
     assert {recipe.model.train for recipe in recipes} == {tuple(groups)}
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_any_override_gives_a_recipe_or_a_user_error(key: str, text: str) -> None:
     try:
@@ -504,3 +505,23 @@ def test_type_helpers() -> None:
     assert get_origin(tuple[int, ...]) is tuple and get_args(tuple[int, ...])[0] is int
     assert item_type(tuple[float, float], 2) is None and item_type(str) is None
     assert isinstance(int | None, types.UnionType)
+
+
+def test_bytes_that_are_no_text_on_a_command_line_are_refused() -> None:
+    for key in ("name", "data.dir"):
+        with pytest.raises(UserError, match=rf"{key}=a\\udcff  +must be (text|a path), found"):
+            load_recipe(["recipe=tiny_internvl_mis", f"{key}=a\udcff"])
+
+
+def test_yaml_that_unfolds_without_end_is_refused(tmp_path: Path) -> None:
+    """Aliases of aliases make billions of values out of a few lines; brackets by the thousand take time."""
+    lines = ["a: &a0 [x, x]"] + [f"b{n}: &a{n + 1} [*a{n}, *a{n}, *a{n}]" for n in range(40)]
+    for text, message in (
+        ("\n".join(lines), "more than 20000 values"),
+        ("a: " + "[" * 5000, "too many values inside each other"),
+        ("a: " + "- " * 5000 + "x", "not valid YAML"),
+        ("a: [" + "1, " * 30_000 + "]", "more than 20000 values"),
+    ):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(UserError, match=rf"r\.yaml(:\d+)?: .*{message}"):
+            load_recipe([f"recipe={tmp_path / 'r.yaml'}"])

@@ -433,7 +433,7 @@ def test_local_config_is_read_and_checked(tmp_path: Path) -> None:
     ):
         model_config(load_recipe(["recipe=qwen2vl_mis", f"model.path={tmp_path}"]))
     file.write_text("{")
-    with pytest.raises(UserError, match="is not valid JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         model_config(load_recipe(["recipe=qwen2vl_mis", f"model.path={tmp_path}"]))
 
 

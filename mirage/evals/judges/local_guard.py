@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mirage.data.picture_files import open_picture
 from mirage.data.row import ImagePart, Message, TextPart
 from mirage.endpoint.messages import PictureInput
 from mirage.errors import UserError
@@ -25,6 +23,7 @@ from mirage.models.adapter import GenerationAdapter, Question
 from mirage.models.generic import is_known
 from mirage.models.registry import find_weights, load_model
 from mirage.models.template_trial import try_template
+from mirage.strict_json import read_json_object
 
 
 class LocalGuard:
@@ -36,7 +35,7 @@ class LocalGuard:
 
     def __init__(self, folder: Path, form: GuardFormat, *, fingerprint: str, device: torch.device) -> None:
         self.folder = find_weights(folder)
-        self.model_type = str(json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+        self.model_type = str(read_json_object(self.folder / "config.json", any_number=True).get("model_type"))
         if not is_known(self.model_type) and self.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise UserError(f"{self.folder}: transformers has no text or image-text class for {self.model_type!r}")
         self.sees_pictures = is_known(self.model_type)
@@ -123,7 +122,7 @@ def _question(adapter: GenerationAdapter, turns: Turns, pictures: Sequence[Pictu
     for role, text in turns:
         marks = tuple(ImagePart(index=index) for index in range(len(pictures))) if not messages else ()
         messages.append(Message.model_validate({"role": role, "content": (*marks, TextPart(text=text))}))
-    images = [Image.open(BytesIO(picture.content)).convert("RGB") for picture in pictures]
+    images = [open_picture(None, content=picture.content) for picture in pictures]
     return Question(messages, images, adapter.prompt(messages, [image.size for image in images]).input_ids)
 
 

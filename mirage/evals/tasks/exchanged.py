@@ -59,6 +59,9 @@ def load_sample(cell: str, *, key: str, pictures: Sequence[KeptPicture | Path], 
         raise UserError(f"{where}: column {EXCHANGED} is damaged ({first['msg']}); export the task again") from error
     except JsonError as error:
         raise UserError(f"{where}: column {EXCHANGED} is damaged ({error}); export the task again") from error
+    wrong = _wrong_meta(fields)
+    if wrong:
+        raise UserError(f"{where}: column {EXCHANGED} is damaged ({wrong}); export the task again")
     marks = [part.index for message in fields.messages for part in message.content if isinstance(part, ImagePart)]
     if sorted(set(marks)) != list(range(len(pictures))):
         raise UserError(f"{where}: {len(pictures)} pictures, and column {EXCHANGED} marks {sorted(set(marks))}")
@@ -76,6 +79,24 @@ def load_sample(cell: str, *, key: str, pictures: Sequence[KeptPicture | Path], 
         choice=fields.choice,
         meta=fields.meta,
     )
+
+
+def _wrong_meta(fields: ExchangedSample) -> str | None:
+    """What is wrong with the parts of `meta` that scoring reads."""
+    letters, answers = fields.meta.get("letters"), fields.meta.get("answers")
+    num_options = len(fields.choice.options) if fields.choice is not None else 0
+    if num_options and letters is not None and (len(letters) != num_options or len(set(letters)) != num_options):
+        return f"the letters {letters[:40]!r} are not one an option"
+    if num_options > 26 and letters is None:
+        return f"{num_options} options and no letters for them"
+    if answers is None:
+        return None
+    try:
+        listed = parse_json(answers)
+    except JsonError as error:
+        return f"answers: {error}"
+    texts = isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed)
+    return None if texts else "answers must be a list of texts"
 
 
 def plain_question(sample: Sample) -> str:
