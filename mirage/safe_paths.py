@@ -45,6 +45,11 @@ def _reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number that `int` takes: ASCII digits, at most 18, where `isdigit` also takes `²`."""
+    return len(text) <= 18 and text.isascii() and text.isdigit()
+
+
 def printable(text: object) -> str:
     """The text as a message can hold it: control characters and what UTF-8 cannot hold are written as escapes."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mirage.errors import UserError
-from mirage.safe_paths import leads_outside, open_regular, printable, stays_inside
+from mirage.safe_paths import is_number, leads_outside, open_regular, printable, stays_inside
 from mirage.strict_json import MAX_LINE_BYTES, JsonError, json_lines, parse_json, read_json, read_json_object
 
 REFUSED = [
@@ -125,3 +125,8 @@ def test_links(tmp_path: Path) -> None:
 
 def test_printable() -> None:
     assert printable("a\nb\x1b\ud800é") == "a\\nb\\x1b\\ud800é"
+
+
+def test_numbers_that_int_takes() -> None:
+    texts = ("0", "007", "9" * 18, "9" * 19, "1" * 5000, "²", "٣", "-1", "")
+    assert [is_number(text) for text in texts] == [True, True, True, *[False] * 6]

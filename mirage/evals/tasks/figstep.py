@@ -19,6 +19,7 @@ from mirage.evals.task import Card, Metric, Sample
 from mirage.evals.tasks import published
 from mirage.evals.tasks.labelled import LabelTask, Part
 from mirage.evals.tasks.published import Record
+from mirage.safe_paths import is_number
 
 # README section 2.1, unchanged.
 PROMPT = (
@@ -143,8 +144,8 @@ def _sentences(path: Path) -> list[str]:
 
 def _number(record: Record, key: str) -> str:
     text = record.text(key).strip()
-    if not text.isdigit():
-        raise UserError(f"{record.where}: {key!r} must be a whole number, found {text!r}")
+    if not is_number(text):
+        raise UserError(f"{record.where}: {key!r} must be a whole number, found {text!r:.80}")
     return str(int(text))
 
 

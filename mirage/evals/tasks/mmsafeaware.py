@@ -19,6 +19,7 @@ from mirage.evals.judge import Judge, Scored, Verdict
 from mirage.evals.task import Card, Metric, Sample
 from mirage.evals.tasks import published
 from mirage.evals.tasks.labelled import Part, PublishedTask
+from mirage.safe_paths import is_number
 
 _FILES = ("data/prompt.txt", "prompt.txt")
 _ENDINGS = ("jpeg", "jpg", "png", "webp")
@@ -95,7 +96,7 @@ class MMSafeAwareTask(PublishedTask):
 
 def _blocks(lines: Sequence[str], path: Path) -> Iterator[tuple[int, str, str]]:
     """The numbered blocks: number, the text of the lines below it, and where it stands."""
-    starts = [index for index, line in enumerate(lines) if line.strip().isdigit()]
+    starts = [index for index, line in enumerate(lines) if is_number(line.strip())]
     if not starts or any(line.strip() for line in lines[: starts[0]]):
         raise UserError(f"{path}: expected blocks that begin with a number on a line of its own")
     for start, end in zip(starts, [*starts[1:], len(lines)]):

@@ -16,6 +16,7 @@ from mirage.evals.tasks.exchanged import load_sample
 from mirage.evals.tasks.multiple_choice import FIRST, METRICS, ChoiceTask, all_right, missing, with_groups
 from mirage.evals.tasks.question import ANSWERS, Question, answer_list, make_sample, muirbench_prompt, vlmevalkit_prompt
 from mirage.evals.tasks.tsv import EXCHANGED, TsvRow, read_rows
+from mirage.safe_paths import is_number
 
 PREFIX = "tsv:"
 # Sets whose file names hold one of these are circular (vlmeval/dataset/image_mcq.py `evaluate_heuristic`).
@@ -162,7 +163,7 @@ def category_columns(rows: Sequence[TsvRow]) -> tuple[str | None, str | None]:
 def _group(row: TsvRow) -> str:
     if "g_index" in row.cells:
         return row.cells["g_index"]
-    if not row.index.isdigit():
+    if not is_number(row.index):
         raise UserError(f"{row.where}: a circular set needs whole-number indices or a column g_index")
     return str(int(row.index) % _ROTATION_STEP)
 
