@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mirage.config.schema import SelectConfig
 from mirage.errors import UserError
-from mirage.evals.metrics import Rate, TaskResult
-from mirage.evals.results import RESULTS_FILE, Results, read_results
-from mirage.evals.statistics.pooled import match_rates
+from mirage.evals.evaluations import Evaluation
+from mirage.evals.statistics.pooled import match_names
 
 Axis = Literal["safety", "over_refusal", "general"]
 AXES: tuple[Axis, ...] = ("safety", "over_refusal", "general")
@@ -64,47 +63,24 @@ def rule_text(config: SelectConfig) -> str:
     )
 
 
-def worse_limit(rate: Rate, *, better: Literal["lower", "higher"]) -> float | None:
-    """The limit of a rate that counts against the model, in percent; None without a judged sample."""
-    if rate.percent is None:
-        return None
-    if better == "lower":
-        return max(limit for limit in (rate.ci_high, rate.cluster_high, rate.outer_high) if limit is not None)
-    return min(limit for limit in (rate.ci_low, rate.cluster_low, rate.outer_low) if limit is not None)
-
-
-def run_evaluations(run_dir: Path) -> tuple[dict[str, Results], dict[str, str]]:
-    """The run's evaluations by folder name, and why others cannot be read. Raises `UserError` if there are none."""
-    found: dict[str, Results] = {}
-    unreadable: dict[str, str] = {}
-    for path in sorted((run_dir / "evals").glob(f"step-*/{RESULTS_FILE}")):
-        try:
-            found[path.parent.name] = read_results(path)
-        except UserError as error:
-            unreadable[path.parent.name] = str(error)
-    if not found and not unreadable:
-        raise UserError(
-            f"{run_dir} holds no evaluations (evals/step-*/{RESULTS_FILE}); evaluate one: mirage evaluate {run_dir}"
-        )
-    return found, unreadable
-
-
 def select_best(
-    evaluations: Mapping[str, Results],
+    evaluations: Mapping[str, Evaluation],
     *,
     config: SelectConfig,
     unreadable: Mapping[str, str] | None = None,
-    alarmed: Mapping[str, str] | None = None,
+    alarm_of: Callable[[str], str | None] | None = None,
 ) -> Selection:
-    """Apply `rule_text`. `unreadable` and `alarmed` say of an evaluation's name why it cannot win.
+    """Apply `rule_text`. `unreadable` says of an evaluation's name why it cannot win; so does `alarm_of`, or nothing.
 
+    `alarm_of` is asked about those that no other one beats, as answers are read for it: among many evaluations that are
+    few. One with an alarm beats nobody.
     Raises `UserError` where a pattern is no `task:metric`, or no evaluation has a rate of attack success.
     """
-    every = [_candidate(name, results, config) for name, results in evaluations.items()]
+    every = [_candidate(name, evaluation, config) for name, evaluation in evaluations.items()]
     if all(candidate.limits["safety"] is None for candidate in every) and every:
         raise UserError(
             f"no evaluation has a rate of eval.select.safety ({', '.join(config.safety)}); its tasks are "
-            f"{', '.join(sorted({task for results in evaluations.values() for task in results.tasks}))}"
+            f"{', '.join(sorted({task for evaluation in evaluations.values() for task, _ in evaluation.sizes}))}"
         )
     start = next((item for item in every if item.step == 0), None)
     usual = _usual_kind(evaluations, every)
@@ -112,12 +88,11 @@ def select_best(
         _excluded(
             candidate,
             _invalid(evaluations[candidate.name], candidate)
-            or _other_kind(candidate, evaluations[candidate.name], usual)
-            or (alarmed or {}).get(candidate.name),
+            or _other_kind(candidate, evaluations[candidate.name], usual),
         )
         for candidate in every
     ]
-    judged = _drop_dominated(judged)
+    judged = _drop_dominated(judged, alarm_of or (lambda name: None))
     usable = start is not None and not _invalid(evaluations[start.name], start)
     baseline = start if usable and start is not None and _kind(evaluations[start.name], start) == usual else None
     judged = [_excluded(item, _beyond_limits(item, baseline, config)) for item in judged]
@@ -136,37 +111,45 @@ def select_best(
     )
 
 
-def _candidate(name: str, results: Results, config: SelectConfig) -> Candidate:
+def _candidate(name: str, evaluation: Evaluation, config: SelectConfig) -> Candidate:
     patterns: dict[Axis, tuple[str, ...]] = {
         "safety": config.safety,
         "over_refusal": config.over_refusal,
         "general": config.general,
     }
-    rates = {axis: match_rates(results.tasks, found) for axis, found in patterns.items()}
+    found = {axis: _axis_rates(evaluation.rates, tuple(patterns[axis])) for axis in AXES}
     return Candidate(
         name=name,
-        step=results.step,
-        limits={axis: _axis_limit(results.tasks, found, axis) for axis, found in rates.items()},
-        rates={axis: tuple(f"{task}:{metric}" for task, metric in found) for axis, found in rates.items()},
+        step=evaluation.step,
+        limits={axis: _axis_limit(evaluation, places, axis) for axis, (places, _) in found.items()},
+        rates={axis: names for axis, (_, names) in found.items()},
     )
 
 
-def _axis_limit(tasks: Mapping[str, TaskResult], rates: Sequence[tuple[str, str]], axis: Axis) -> float | None:
-    better: Literal["lower", "higher"] = "higher" if axis == "general" else "lower"
-    limits = [worse_limit(tasks[task].rates[metric], better=better) for task, metric in rates]
-    known = [limit for limit in limits if limit is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(limits) else None
+@lru_cache(maxsize=1024)
+def _axis_rates(
+    rates: tuple[tuple[str, str], ...], patterns: tuple[str, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Places and names of the rates that an axis is the mean of."""
+    matched = match_names(rates, patterns)
+    return tuple(map(rates.index, matched)), tuple(f"{task}:{metric}" for task, metric in matched)
+
+
+def _axis_limit(evaluation: Evaluation, places: Sequence[int], axis: Axis) -> float | None:
+    found = evaluation.limits[list(places), int(axis == "general")].tolist()
+    return math.fsum(found) / len(found) if found and not any(map(math.isnan, found)) else None
 
 
 def _excluded(candidate: Candidate, reason: str | None) -> Candidate:
     return candidate if candidate.excluded or not reason else candidate.model_copy(update={"excluded": reason})
 
 
-def _invalid(results: Results, candidate: Candidate) -> str | None:
+def _invalid(evaluation: Evaluation, candidate: Candidate) -> str | None:
     """Too many unscored answers, or a rate without a judged sample, in a task that the rule looks at."""
-    for name in sorted({rate.partition(":")[0] for axis in AXES for rate in candidate.rates[axis]}):
-        if not results.tasks[name].valid:
-            return f"{name} is invalid: {results.tasks[name].invalid_reason}"
+    if evaluation.invalid:
+        for name in sorted({rate.partition(":")[0] for axis in AXES for rate in candidate.rates[axis]}):
+            if name in evaluation.invalid:
+                return f"{name} is invalid: {evaluation.invalid[name]}"
     empty = [_NAMES[axis] for axis in AXES if candidate.rates[axis] and candidate.limits[axis] is None]
     return f"no judged sample for {', '.join(empty)}" if empty else None
 
@@ -175,13 +158,14 @@ def _invalid(results: Results, candidate: Candidate) -> str | None:
 _Kind = tuple[tuple[tuple[str, int], ...], tuple[str, str], str]
 
 
-def _kind(results: Results, candidate: Candidate) -> _Kind:
+def _kind(evaluation: Evaluation, candidate: Candidate) -> _Kind:
     rates = sorted(rate for axis in AXES for rate in candidate.rates[axis])
-    sizes = tuple((rate, results.tasks[rate.partition(":")[0]].num_samples) for rate in rates)
-    return sizes, (results.judge.name, results.judge.version), results.data_sha256
+    num_samples = dict(evaluation.sizes)
+    sizes = tuple((rate, num_samples[rate.partition(":")[0]]) for rate in rates)
+    return sizes, evaluation.judge, evaluation.data_sha256
 
 
-def _usual_kind(evaluations: Mapping[str, Results], every: Sequence[Candidate]) -> _Kind | None:
+def _usual_kind(evaluations: Mapping[str, Evaluation], every: Sequence[Candidate]) -> _Kind | None:
     """The kind with the most samples; of equals the one that most evaluations have, then the later one."""
     kinds = [_kind(evaluations[item.name], item) for item in every]
     counts = Counter(kinds)
@@ -189,8 +173,8 @@ def _usual_kind(evaluations: Mapping[str, Results], every: Sequence[Candidate]) 
     return kinds[max(ranks)[2]] if ranks else None
 
 
-def _other_kind(candidate: Candidate, results: Results, usual: _Kind | None) -> str | None:
-    kind = _kind(results, candidate)
+def _other_kind(candidate: Candidate, evaluation: Evaluation, usual: _Kind | None) -> str | None:
+    kind = _kind(evaluation, candidate)
     if usual is None or kind == usual:
         return None
     if kind[1] != usual[1]:
@@ -202,8 +186,23 @@ def _other_kind(candidate: Candidate, results: Results, usual: _Kind | None) -> 
     return f"measured on other samples ({sizes[0]} counted over its rates, {sizes[1]} in the fullest evaluation)"
 
 
-def _drop_dominated(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Exclude what another candidate is no worse than on all axes and better than on one; ties keep both."""
+def _drop_dominated(candidates: Sequence[Candidate], alarm_of: Callable[[str], str | None]) -> list[Candidate]:
+    """Exclude what another candidate is no worse than on all axes and better than on one; ties keep both.
+
+    Those that are left and have an alarm are out, and no longer beat others.
+    """
+    judged, quiet = list(candidates), set[str]()
+    while True:
+        found = _beaten(judged)
+        asked = [number for number, item in enumerate(found) if item.excluded is None and item.name not in quiet]
+        if not asked:
+            return found
+        for number in asked:
+            judged[number] = _excluded(judged[number], alarm_of(judged[number].name))
+            quiet.add(judged[number].name)
+
+
+def _beaten(candidates: Sequence[Candidate]) -> list[Candidate]:
     standing = [item for item in candidates if item.excluded is None]
     costs = np.array([_costs(item) for item in standing])
     found = []

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mirage.config.loader import load_section
 from mirage.config.schema import EvalConfig
 from mirage.errors import UserError
 from mirage.evals.evaluate_cli import recipe_of
+from mirage.evals.evaluations import Evaluation, run_evaluations
 from mirage.evals.guards import check_guards
-from mirage.evals.results import Results, read_samples
-from mirage.evals.selection import run_evaluations, select_best, selection_markdown
+from mirage.evals.results import read_results, read_samples
+from mirage.evals.selection import select_best, selection_markdown
 from mirage.files import write_atomic
 
 NO_WINNER = 1
@@ -31,8 +32,8 @@ def run(run_dir: Path, settings: Sequence[str], *, out: str | None) -> int:
     config = load_section("eval", settings, base=recipe_of(run_dir).get("eval"))
     assert isinstance(config, EvalConfig)
     evaluations, unreadable = run_evaluations(run_dir)
-    alarmed = alarms_of(run_dir, evaluations, config=config)
-    selection = select_best(evaluations, config=config.select, unreadable=unreadable, alarmed=alarmed)
+    alarm_of = alarms_among(run_dir, evaluations, config=config)
+    selection = select_best(evaluations, config=config.select, unreadable=unreadable, alarm_of=alarm_of)
     text = selection_markdown(selection)
     if target is not None:
         write_atomic(target, selection.model_dump_json(indent=2) + "\n" if target.suffix == ".json" else text)
@@ -40,18 +41,25 @@ def run(run_dir: Path, settings: Sequence[str], *, out: str | None) -> int:
     return 0 if selection.best is not None else NO_WINNER
 
 
-def alarms_of(run_dir: Path, evaluations: Mapping[str, Results], *, config: EvalConfig) -> dict[str, str]:
-    """What the guards say of each evaluation with an alarm. Without an evaluation of step 0 they say nothing."""
-    first = next((name for name, results in evaluations.items() if results.step == 0), None)
+def alarms_among(
+    run_dir: Path, evaluations: Mapping[str, Evaluation], *, config: EvalConfig
+) -> Callable[[str], str | None] | None:
+    """What the guards say of the evaluation of a name, None for no alarm.
+
+    Without an evaluation of step 0 they say nothing. Its answers are read once, those of the others when it is their
+    turn, and are not kept.
+    """
+    first = next((name for name, evaluation in evaluations.items() if evaluation.step == 0), None)
     if first is None or config.guards == "off":
-        return {}
-    before = read_samples(run_dir / "evals" / first)
-    found: dict[str, str] = {}
-    for name, results in evaluations.items():
-        if results.baseline is None or results.baseline.fingerprint != evaluations[first].fingerprint:
-            continue
-        rows = read_samples(run_dir / "evals" / name)
-        alarms = check_guards(results, evaluations[first], rows, baseline_samples=before, config=config)
-        if alarms:
-            found[name] = "; ".join(alarm.message for alarm in alarms)
-    return found
+        return None
+    folder = run_dir / "evals"
+    results, samples = read_results(folder / first), read_samples(folder / first)
+
+    def alarm_of(name: str) -> str | None:
+        if evaluations[name].baseline != results.fingerprint:
+            return None
+        rows = read_samples(folder / name)
+        alarms = check_guards(read_results(folder / name), results, rows, baseline_samples=samples, config=config)
+        return "; ".join(alarm.message for alarm in alarms) or None
+
+    return alarm_of

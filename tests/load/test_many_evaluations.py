@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mirage.config.schema import SelectConfig
-from mirage.evals.results import Results
+from mirage.evals.evaluations import Evaluation
 from mirage.evals.selection import select_best
 from tests.support.evaluations import labels, write_evaluation
 
@@ -17,17 +18,19 @@ NUM_KINDS, NUM_EVALUATIONS = 25, 10_000
 MAX_SECONDS = 180.0
 
 
-def kinds(folder: Path) -> list[Results]:
+def kinds(folder: Path) -> list[Evaluation]:
     """Evaluations whose attack success falls while their over-refusal rises."""
     return [
-        write_evaluation(
-            folder / f"kind{number}",
-            {
-                "mis_hard": labels(asr=26 - number, rsr=14 + number),
-                "twins": labels(helped=40 - number // 5, refused=number // 5),
-                "general": labels(right=20),
-            },
-            step=number,
+        Evaluation.of(
+            write_evaluation(
+                folder / f"kind{number}",
+                {
+                    "mis_hard": labels(asr=26 - number, rsr=14 + number),
+                    "twins": labels(helped=40 - number // 5, refused=number // 5),
+                    "general": labels(right=20),
+                },
+                step=number,
+            )
         )
         for number in range(NUM_KINDS)
     ]
@@ -37,7 +40,7 @@ def kinds(folder: Path) -> list[Results]:
 def test_the_best_of_ten_thousand(tmp_path: Path) -> None:
     few = kinds(tmp_path)
     many = {
-        f"step-{number:06d}": few[number * NUM_KINDS // NUM_EVALUATIONS].model_copy(update={"step": number})
+        f"step-{number:06d}": replace(few[number * NUM_KINDS // NUM_EVALUATIONS], step=number)
         for number in range(NUM_EVALUATIONS)
     }
     config = SelectConfig(max_over_refusal_rise=100.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from mirage.cli import dispatch
 from mirage.config.schema import SelectConfig
 from mirage.errors import UserError
-from mirage.evals.results import Results
-from mirage.evals.selection import Selection, run_evaluations, select_best, selection_markdown, worse_limit
+from mirage.evals.evaluations import Evaluation, run_evaluations, worse_limit
+from mirage.evals.results import Results, read_results
+from mirage.evals.selection import Selection, select_best, selection_markdown
 from tests.support.evaluations import labels, write_evaluation
 
 CONFIG = SelectConfig()
@@ -118,6 +120,31 @@ def test_without_step_0_its_limits_are_not_used_and_that_is_said(tmp_path: Path)
     assert selection.step == 20 and "No comparable evaluation of step 0" in selection.reason
 
 
+def test_one_with_an_alarm_beats_nobody_and_the_beaten_are_not_asked(tmp_path: Path) -> None:
+    evaluate(tmp_path, 10, asr=20, refused=5, right=120)
+    evaluate(tmp_path, 20, asr=10, refused=4, right=121)  # beats the others, and has an alarm
+    evaluate(tmp_path, 30, asr=30, refused=6, right=119)
+    asked = []
+
+    def alarm_of(name: str) -> str | None:
+        asked.append(name)
+        return "broken answers" if name == "step-000020" else None
+
+    selection = select_best(run_evaluations(tmp_path)[0], config=CONFIG, alarm_of=alarm_of)
+    assert selection.best == "step-000010" and asked == ["step-000020", "step-000010"]
+    assert why(selection, 20) == "broken answers" and "step-000010 is as good or better" in why(selection, 30)
+
+
+def test_what_is_held_of_an_evaluation_is_small(tmp_path: Path) -> None:
+    evaluate(tmp_path, 0, asr=160, refused=4, right=120)
+    results = read_results(tmp_path / "evals" / "step-000000")
+    tracemalloc.start()
+    held = [Evaluation.of(results) for _ in range(100)]
+    num_bytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len({id(item.rates) for item in held}) == 1 and num_bytes / len(held) < 2000
+
+
 def test_no_rate_of_attack_success_is_a_mistake(tmp_path: Path) -> None:
     evaluate(tmp_path, 10, asr=60, refused=6, right=121)
     with pytest.raises(UserError, match=r"no evaluation has a rate of eval.select.safety \(figstep:asr\)"):
@@ -133,7 +160,7 @@ def test_the_verb_prints_writes_and_says_by_its_exit_code(tmp_path: Path, capsys
     assert dispatch(["best", str(tmp_path), f"out={tmp_path / 'best.json'}"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("**Best: step-000010.**") and "| step-000020 |" in shown and "The rule." in shown
-    # A guard's alarm is the first reason that step 20 meets.
+    # The others do not beat step 20, so the guards are asked, before the limits.
     assert "out: general ability fell: general:accuracy 60.0% -> 30.0%" in shown
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 10
     arguments = ["guards=off", "select.max_general_drop=50", f"out={tmp_path / 'best.md'}"]

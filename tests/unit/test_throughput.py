@@ -19,7 +19,7 @@ from mirage.data.pack import PackPlan
 from mirage.errors import UserError
 from mirage.models.attention import PACKED_SDPA
 from mirage.training import throughput
-from mirage.training.checkpoint import last_resumable
+from mirage.training.checkpoint import last_resumable, publish
 from mirage.training.plan import model_config, model_shape, parameter_counts, plan_adapter, sample_work
 from mirage.training.profile import StepProfiler
 from mirage.training.resume import check_same_run
@@ -256,8 +256,9 @@ def test_a_run_may_be_continued_with_and_without_a_profile(tmp_path: Path) -> No
     before = recipe.model_dump(mode="json")
     (tmp_path / "recipe.json").write_text(json.dumps(before))
     checkpoint = tmp_path / "checkpoint-000002"
-    (checkpoint / "resume").mkdir(parents=True)
-    (checkpoint / "READY").write_text("2")
+    aside = tmp_path / ".aside"
+    (aside / "resume").mkdir(parents=True)
+    publish(aside, checkpoint, step=2)
     assert last_resumable(tmp_path) == checkpoint
     check_same_run(tmp_path, load_recipe(["recipe=tiny_internvl_mis", f"run_dir={tmp_path}"]))
     with pytest.raises(UserError, match=r"train\.seed"):

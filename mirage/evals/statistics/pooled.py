@@ -95,12 +95,16 @@ def match_rates(tasks: Mapping[str, TaskResult], patterns: Sequence[str]) -> lis
 
     Raises `UserError` for a pattern without a colon.
     """
+    return match_names([(task, metric) for task, result in tasks.items() for metric in result.rates], patterns)
+
+
+def match_names(rates: Sequence[tuple[str, str]], patterns: Sequence[str]) -> list[tuple[str, str]]:
+    """As `match_rates`, of the (task, metric) of all rates."""
     for pattern in patterns:
         if pattern.count(":") != 1:
             raise UserError(f"eval.select: {pattern!r} is no task:metric, such as 'mis_hard:asr' or 'mis_*:asr'")
     return [
         (task, metric)
-        for task, result in tasks.items()
-        for metric in result.rates
+        for task, metric in rates
         if any(fnmatchcase(f"{task}:{metric}", pattern) for pattern in patterns)
     ]
