@@ -7,6 +7,12 @@ open    every row read and validated, its pictures' headers looked at, the mixtu
 plan    `mirage plan`: the same, all rows rendered to lengths, packs, memory and steps
 check   `mirage check`: the same, and the first packs through the model that MIRage ships
 train   `mirage train` with train.max_steps=1, to its end: the same, one step, a checkpoint, the ledger of all rows
+again   `train` once more in a new run folder, with what the first one left in the cache
+
+Two more work on a run folder of --evaluations evaluations (106 kB each with three tasks, and 680 answers):
+
+best    `mirage best`: the choice among them
+report  `mirage report`: the page about them
 
 Seconds are of the wall clock and of the CPU, the memory is the process's largest resident set. "a row" is the growth
 over the smallest number of rows measured: what a row costs once everything is loaded.
@@ -39,7 +45,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NUM_PICTURES = 4096
 PICTURE_PIXELS = 56
 SPLIT_SHARES = {"train": 0.8, "train_twins": 0.1, "train_general": 0.1}
-STAGES = ("open", "plan", "check", "train")
+STAGES = ("open", "plan", "check", "train", "again")
+EVALUATION_STAGES = ("best", "report")
+NUM_KINDS, NUM_UNBEATEN = 26, 20
 OPEN = "from mirage.config.loader import load_recipe; from mirage.data.sources import load_mixture; import sys; "
 OPEN += "recipe = load_recipe(sys.argv[1:]); print(len(load_mixture(recipe.data, seed=0).rows), 'rows')"
 THINGS = ("lamp", "ladder", "kettle", "hammer", "basket", "candle", "bottle", "rope", "bucket", "mirror", "blanket")
@@ -118,8 +126,40 @@ def _row(number: int, split: str, generator: random.Random, pictures: Sequence[d
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
+def write_evaluations(run_dir: Path, number: int) -> None:
+    """A run folder of `number` evaluations: 20 that trade safety for refusals, all others worse than one of them.
+
+    The others are copies of five, their answers links.
+    """
+    sys.path.insert(0, str(ROOT))
+    from tests.support.evaluations import labels, write_evaluation
+
+    folder, first = run_dir / "evals", run_dir / "evals" / "step-000000"
+    texts, links = {}, {}
+    for kind in range(min(NUM_KINDS, number)):
+        asr, refused = (120 - 3 * kind, kind) if kind <= NUM_UNBEATEN else (70 + 5 * kind % 23, 40)
+        tasks = {
+            "mis_hard": labels(asr=asr, rsr=240 - asr),
+            "twins": labels(helped=240 - refused, refused=refused),
+            "general": labels(right=200 - kind, wrong=kind),
+        }
+        made = folder / f"step-{kind:06d}"
+        write_evaluation(made, tasks, step=kind, baseline=first if kind else None)
+        texts[kind], links[kind] = (made / "results.json").read_text(), made / "samples.jsonl"
+    for step in range(NUM_KINDS, number):
+        kind = NUM_UNBEATEN + 1 + step % (NUM_KINDS - NUM_UNBEATEN - 1)
+        place = folder / f"step-{step:06d}"
+        place.mkdir()
+        (place / "results.json").write_text(texts[kind].replace(f'"step": {kind},', f'"step": {step},', 1))
+        os.link(links[kind], place / "samples.jsonl")
+
+
 def arguments(stage: str, data: Path, run_dir: Path) -> list[str]:
     """The command of a stage, without the interpreter."""
+    if stage == "best":
+        return ["-m", "mirage.cli", "best", str(data), f"out={run_dir}.json"]
+    if stage == "report":
+        return ["-m", "mirage.cli", "report", str(data), f"out={run_dir}.html"]
     settings = [
         "recipe=mini_internvl_mis",
         f"data.dir={data}",
@@ -129,15 +169,18 @@ def arguments(stage: str, data: Path, run_dir: Path) -> list[str]:
     ]
     if stage == "open":
         return ["-c", OPEN, *settings]
-    command = ["-m", "mirage.cli", stage, *settings]
-    if stage == "train":
+    command = ["-m", "mirage.cli", "train" if stage == "again" else stage, *settings]
+    if stage in ("train", "again"):
         command += [f"run_dir={run_dir}", "train.max_steps=1", "train.zero_stage=1", "tracking.wandb=off"]
         command += ["tracking.console=plain", "train.precision=fp32"]
     return command
 
 
 def measure(stage: str, data: Path, num_rows: int, *, scratch: Path, root: Path = ROOT) -> Measured:
-    """Run a stage in a process of its own. Raises RuntimeError with its last words where it fails."""
+    """Run a stage in a process of its own. `num_rows` is of rows, or of evaluations.
+
+    Raises RuntimeError with the last words of one that fails. `mirage best` that finds no winner has not failed.
+    """
     run_dir = scratch / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     environment = {
@@ -157,16 +200,16 @@ def measure(stage: str, data: Path, num_rows: int, *, scratch: Path, root: Path 
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     shutil.rmtree(run_dir, ignore_errors=True)
-    if process.returncode != 0:
-        raise RuntimeError(f"{stage} of {num_rows:,} rows ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+    if process.returncode not in ((0, 1) if stage == "best" else (0,)):
+        raise RuntimeError(f"{stage} of {num_rows:,} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
     return Measured(stage, num_rows, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def table(found: Sequence[Measured]) -> Table:
     """Seconds and peak memory of each stage, and what a row adds."""
-    shown = Table("stage", "rows", "seconds", "of CPU", "peak MiB", "CPU ms a row", "bytes a row", title="load")
+    shown = Table("stage", "number", "seconds", "of CPU", "peak MiB", "CPU ms each", "bytes each", title="load")
     first: dict[str, Measured] = {}
-    for item in sorted(found, key=lambda item: (STAGES.index(item.stage), item.num_rows)):
+    for item in sorted(found, key=lambda item: ((*STAGES, *EVALUATION_STAGES).index(item.stage), item.num_rows)):
         base = first.setdefault(item.stage, item)
         more = item.num_rows - base.num_rows
         cpu, memory = item.cpu_seconds - base.cpu_seconds, item.peak_bytes - base.peak_bytes
@@ -180,24 +223,34 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="10000,100000,1000000", help="numbers of rows, with commas (1.4 kB each)")
-    parser.add_argument("--stages", default=",".join(STAGES), help="stages, with commas")
+    parser.add_argument("--evaluations", default="300,10000", help="numbers of evaluations, with commas")
+    parser.add_argument("--stages", default=",".join((*STAGES, *EVALUATION_STAGES)), help="stages, with commas")
     parser.add_argument("--folder", type=Path, help="where the datasets are written and removed (a temporary folder)")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to measure")
     parser.add_argument("--out", type=Path, help="JSON file that each figure is added to")
     options = parser.parse_args()
+    wanted = options.stages.split(",")
+    if unknown := set(wanted) - {*STAGES, *EVALUATION_STAGES}:
+        parser.error(f"--stages: {', '.join(sorted(unknown))} is none of {', '.join((*STAGES, *EVALUATION_STAGES))}")
+    kinds = (
+        (options.rows, write_dataset, [stage for stage in wanted if stage in STAGES]),
+        (options.evaluations, write_evaluations, [stage for stage in wanted if stage in EVALUATION_STAGES]),
+    )
     found = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="load-") as scratch:
-        for num_rows in map(int, options.rows.split(",")):
-            data = Path(scratch) / "data"
-            shutil.rmtree(data, ignore_errors=True)
-            data.mkdir()
-            write_dataset(data, num_rows)
-            for stage in options.stages.split(","):
-                found.append(measure(stage, data, num_rows, scratch=Path(scratch), root=options.root))
-                print(json.dumps(asdict(found[-1])), flush=True)
-                if options.out:
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(found[-1])) + "\n")
+        for numbers, write, stages in kinds:
+            for number in map(int, numbers.split(",") if stages else ()):
+                data = Path(scratch) / "data"
+                shutil.rmtree(data, ignore_errors=True)
+                shutil.rmtree(Path(scratch) / "cache", ignore_errors=True)
+                data.mkdir()
+                write(data, number)
+                for stage in stages:
+                    found.append(measure(stage, data, number, scratch=Path(scratch), root=options.root))
+                    print(json.dumps(asdict(found[-1])), flush=True)
+                    if options.out:
+                        with options.out.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(asdict(found[-1])) + "\n")
     Console(width=120).print(table(found))
 
 
