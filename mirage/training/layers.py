@@ -1,4 +1,4 @@
-"""What a recipe does to layers before training: which of them recompute their activations, which parts are compiled."""
+"""What is done to layers before training: which recompute their activations, what is compiled, what ZeRO-3 gathers."""
 
 from __future__ import annotations
 
@@ -40,6 +40,20 @@ def checkpoint_layers(model: Any, adapter: ModelAdapter, config: TrainConfig) ->
 def _layers(model: Any) -> dict[str, GradientCheckpointingLayer]:
     """Layers by name, in order; peft wraps modules inside them, not the layers."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+
+
+def gather_by_layer(model: Any) -> int:
+    """Make ZeRO-3 gather and release each layer's weights at once; returns how many layers. Same bits.
+
+    DeepSpeed otherwise hooks every module inside them, which costs the host more than small kernels cost a GPU
+    (deepspeed.utils.z3_leaf_module).
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    layers = _layers(model)
+    for layer in layers.values():
+        set_z3_leaf_module(layer, True)
+    return len(layers)
 
 
 def compile_layers(model: Any, adapter: ModelAdapter, config: TrainConfig) -> int:

@@ -36,7 +36,7 @@ from mirage.training.failures import stop_on_failure, stop_unless_finite
 from mirage.training.feed import open_loader, open_pictures
 from mirage.training.hangs import name_hung_rank, open_roll_call
 from mirage.training.head_loss import choose_kernel
-from mirage.training.layers import compile_layers
+from mirage.training.layers import compile_layers, gather_by_layer
 from mirage.training.ledger import NOT_DRAWN, TOO_LONG, UNUSABLE, Ledger
 from mirage.training.loss import PackedLossModel
 from mirage.training.optim import build_optimizer, set_learning_rates
@@ -136,6 +136,8 @@ class Trainer:
             self.kernels["arithmetic"] = "deterministic (an operation without such a kernel stops the run)"
         if train.compile != "off":
             self.kernels["compiled"] = f"{compile_layers(self.model, self.adapter, train)} modules ({train.compile})"
+        if train.zero_stage == 3:
+            gather_by_layer(self.model)
         optimizer = build_optimizer(wrapped, train, self.adapter, total_steps=self.total_steps)
         self.engine, _ = self._accelerator.prepare(wrapped, optimizer)
         if last is None:

@@ -13,7 +13,7 @@ from mirage.config.schema import TinyConfig, TrainConfig
 from mirage.data.collate import PackedBatch, collate
 from mirage.errors import UserError
 from mirage.models.tiny import build_tiny
-from mirage.training.layers import checkpoint_layers, compile_layers, compiled_graphs
+from mirage.training.layers import checkpoint_layers, compile_layers, compiled_graphs, gather_by_layer
 from mirage.training.loss import PackedLossModel
 from tests.support.models import PREPROCESSING, flat_gradients, fresh, relative_difference, samples
 
@@ -93,6 +93,16 @@ def test_more_layers_than_there_are_is_refused(deep: Path) -> None:
     model, adapter = fresh(deep)
     with pytest.raises(UserError, match=r"train\.checkpoint_layers=5 and the language model has 4 layers"):
         checkpoint_layers(model, adapter, settings(gradient_checkpointing=True, checkpoint_layers=5))
+
+
+def test_zero_3_gathers_layers_and_nothing_larger_or_smaller(deep: Path) -> None:
+    from deepspeed.utils import get_z3_leaf_modules
+
+    model, _ = fresh(deep)
+    assert gather_by_layer(model) == DEEP.num_layers + DEEP.vision_layers
+    names = {type(module).__name__ for module in get_z3_leaf_modules(model)}
+    assert len(get_z3_leaf_modules(model)) == DEEP.num_layers + DEEP.vision_layers
+    assert names in ({"LlamaDecoderLayer", "InternVLVisionLayer"}, {"Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"})
 
 
 def test_what_is_compiled_is_what_the_recipe_names(deep: Path) -> None:
