@@ -5,6 +5,7 @@ A million rows as objects are about 10 GB in each process; their places are 50 M
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import weakref
@@ -24,6 +25,7 @@ from mirage.errors import UserError
 # A row's key is its source's number above this many bits, its place in the source below.
 _PLACE_BITS = 40
 _CHUNK_BYTES = 1 << 24
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,10 @@ class SourceRows:
         """The row itself."""
         raise NotImplementedError
 
+    def digest(self, place: int) -> bytes:
+        """16 bytes that change with the row: of what it is parsed from, which is not parsed."""
+        raise NotImplementedError
+
     def _keep(self, entry: SourcedRow) -> None:
         raise NotImplementedError
 
@@ -99,11 +105,22 @@ class Lines:
 
 
 class FileRows(SourceRows):
-    """Rows of a `rows.jsonl`: the number and the checksum of each line. `parse` makes a row of a line and its place."""
+    """Rows of a `rows.jsonl`: the number and the checksum of each line.
 
-    def __init__(self, lines: Lines, parse: Callable[[bytes, int], SourcedRow | None], *, name: str, weight: float):
+    `parse` makes a row of a line and its place; `view` names what else the row depends on.
+    """
+
+    def __init__(
+        self,
+        lines: Lines,
+        parse: Callable[[bytes, int], SourcedRow | None],
+        *,
+        name: str,
+        weight: float,
+        view: str = "",
+    ) -> None:
         super().__init__(name=name, weight=weight)
-        self._lines, self._parse = lines, parse
+        self._lines, self._parse, self._view = lines, parse, view.encode()
         self._numbers, self._checksums = array("I"), array("I")
 
     def _keep(self, entry: SourcedRow) -> None:
@@ -117,14 +134,26 @@ class FileRows(SourceRows):
 
     def load(self, place: int) -> SourcedRow:
         """The row itself. Raises `UserError` where its line is not what it was when it was added."""
-        line = self._lines.read(self._numbers[place])
-        entry = self._parse(line, self._numbers[place]) if zlib.crc32(line) == self._checksums[place] else None
+        entry = self._parse(self._line(place), self._numbers[place])
         if entry is None:
-            raise UserError(
-                f"{self.location(place)}: has changed since the run opened it; restore the file, run the same command "
-                "again, and write a changed dataset to a new folder"
-            )
+            raise self._changed(place)
         return entry
+
+    def digest(self, place: int) -> bytes:
+        """Of the view and the line. Raises `UserError` as `load` does."""
+        return _digest(self._view + b"\n" + self._line(place))
+
+    def _line(self, place: int) -> bytes:
+        line = self._lines.read(self._numbers[place])
+        if zlib.crc32(line) != self._checksums[place]:
+            raise self._changed(place)
+        return line
+
+    def _changed(self, place: int) -> UserError:
+        return UserError(
+            f"{self.location(place)}: has changed since the run opened it; restore the file, run the same command "
+            "again, and write a changed dataset to a new folder"
+        )
 
 
 class HeldRows(SourceRows):
@@ -144,6 +173,13 @@ class HeldRows(SourceRows):
         location, root, text = self._rows[place]
         row = Row.model_validate(json.loads(text.decode("utf-8", "surrogatepass")))
         return SourcedRow(row, root, location, self.name, self.weight)
+
+    def digest(self, place: int) -> bytes:
+        return _digest(self._rows[place][2])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 class RowList(Sequence[SourcedRow]):
@@ -209,6 +245,16 @@ class RowList(Sequence[SourcedRow]):
         """Where row `number` was read."""
         part, place = self._find(number)
         return part.location(place)
+
+    def digest(self, number: int) -> bytes:
+        """16 bytes that change with row `number`; it is read and not parsed."""
+        part, place = self._find(number)
+        return part.digest(place)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """[rows] float64: the weight of each row's source."""
+        return np.array([part.weight for part in self._parts] or [1.0], np.float64)[self.keys >> _PLACE_BITS]
 
     @property
     def sources(self) -> np.ndarray:

@@ -104,7 +104,8 @@ def _stored(source: SourceConfig, default_dir: Path, files: dict[Path, Lines]) -
     file = folder / ROWS_FILE
     if file not in files:
         files[file] = Lines(file)
-    return FileRows(files[file], parse, name=name, weight=source.weight)
+    view = f"{source.pictures} {source.answers}"
+    return FileRows(files[file], parse, name=name, weight=source.weight, view=view)
 
 
 def _drawn(
