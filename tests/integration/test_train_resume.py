@@ -95,19 +95,33 @@ def _kill_tree(pid: int) -> None:
             continue
 
 
-@pytest.mark.parametrize(
-    ("recipe", "rates"),
-    [
-        ("tiny_internvl_mis", ["train.lr_groups.projector=2e-3", "train.lr_groups.embeddings=1e-4"]),
-        pytest.param("tiny_qwen2vl_mis_lora", ["train.lr_groups.lora=2e-3"], marks=pytest.mark.slow),
-    ],
-)
-def test_killed_run_continues_to_the_same_bytes(tmp_path, repo_root, shapes, cache, recipe, rates):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(command(recipe, whole, shapes, *rates), repo_root, cache)
-    kill_after(command(recipe, broken, shapes, *rates), repo_root, cache, broken / "checkpoint-000002" / "READY")
+RATES = {
+    "tiny_internvl_mis": ["train.lr_groups.projector=2e-3", "train.lr_groups.embeddings=1e-4"],
+    "tiny_qwen2vl_mis_lora": ["train.lr_groups.lora=2e-3"],
+}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, repo_root, shapes, cache):
+    """The folder of a recipe's undisturbed run on two processes, started when first asked for."""
+    folders: dict[str, Path] = {}
+
+    def get(recipe: str) -> Path:
+        if recipe not in folders:
+            folders[recipe] = tmp_path_factory.mktemp(recipe) / "whole"
+            run(command(recipe, folders[recipe], shapes, *RATES[recipe]), repo_root, cache)
+        return folders[recipe]
+
+    return get
+
+
+@pytest.mark.parametrize("recipe", ["tiny_internvl_mis", pytest.param("tiny_qwen2vl_mis_lora", marks=pytest.mark.slow)])
+def test_killed_run_continues_to_the_same_bytes(tmp_path, repo_root, shapes, cache, whole_run, recipe):
+    whole, broken = whole_run(recipe), tmp_path / "broken"
+    arguments = command(recipe, broken, shapes, *RATES[recipe])
+    kill_after(arguments, repo_root, cache, broken / "checkpoint-000002" / "READY")
     assert not (broken / "checkpoint-000006").exists()
-    said = run(command(recipe, broken, shapes, *rates), repo_root, cache)
+    said = run(arguments, repo_root, cache)
     assert "continues after step" in said
     assert weights(whole / "checkpoint-000006") == weights(broken / "checkpoint-000006")
     assert losses(whole) == losses(broken)
@@ -115,16 +129,20 @@ def test_killed_run_continues_to_the_same_bytes(tmp_path, repo_root, shapes, cac
     assert not list(broken.glob(".checkpoint-*"))
 
 
-def test_one_process_learns_the_same_as_two(tmp_path, repo_root, shapes, cache):
-    two, one = tmp_path / "two", tmp_path / "one"
-    options = ["train.max_steps=3", "train.zero_stage=2"]
-    run(
-        [arg for arg in command("tiny_internvl_mis", two, shapes) if "max_steps" not in arg] + options, repo_root, cache
-    )
-    arguments = command("tiny_internvl_mis", one, shapes, processes=1)
-    run([arg for arg in arguments if "max_steps" not in arg] + options, repo_root, cache)
+def test_one_process_learns_the_same_as_two(tmp_path, repo_root, shapes, cache, whole_run):
+    two, one = whole_run("tiny_internvl_mis"), tmp_path / "one"
+    run(command("tiny_internvl_mis", one, shapes, *RATES["tiny_internvl_mis"], processes=1), repo_root, cache)
+    assert len(losses(two)) == len(losses(one)) == 6
     for step, loss in losses(two).items():
         assert losses(one)[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_other_settings_on_a_run_folder_are_refused(repo_root, shapes, cache, whole_run):
+    run_dir = whole_run("tiny_internvl_mis")
+    start = command("tiny_internvl_mis", run_dir, shapes, *RATES["tiny_internvl_mis"], processes=1)[3:]
+    said = run([sys.executable, *start, "train.lr=1e-4"], repo_root, cache, code=2)
+    assert "other settings: train.lr was 0.0015, is 0.0001" in said
+    assert "done: step 6" in run([sys.executable, *start], repo_root, cache)
 
 
 def test_bf16_with_recomputed_activations_and_chunked_head_learns(tmp_path, repo_root, shapes, cache):
@@ -142,15 +160,6 @@ def test_second_process_on_a_run_folder_is_refused(tmp_path, repo_root, shapes, 
         arguments = [sys.executable, *command("tiny_internvl_mis", run_dir, shapes, processes=1)[3:]]
         said = run(arguments, repo_root, cache, code=2)
     assert "another process is training in" in said
-
-
-def test_other_settings_on_a_run_folder_are_refused(tmp_path, repo_root, shapes, cache):
-    run_dir = tmp_path / "run"
-    plain = [sys.executable, *command("tiny_internvl_mis", run_dir, shapes, processes=1)[3:]]
-    run(plain, repo_root, cache)
-    said = run([*plain, "train.lr=1e-4"], repo_root, cache, code=2)
-    assert "other settings: train.lr was 0.0015, is 0.0001" in said
-    assert "done: step 6" in run([*plain, "tracking.console=plain"][:-1], repo_root, cache)
 
 
 def test_text_only_rank_beside_a_rank_with_pictures(tmp_path, repo_root, shapes, cache):
