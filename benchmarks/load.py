@@ -132,10 +132,12 @@ def write_evaluations(run_dir: Path, number: int) -> None:
     The others are copies of five, their answers links.
     """
     sys.path.insert(0, str(ROOT))
+    from mirage.config.schema import EvalConfig
+    from mirage.evals.guards import guard_evaluation
     from tests.support.evaluations import labels, write_evaluation
 
     folder, first = run_dir / "evals", run_dir / "evals" / "step-000000"
-    texts, links = {}, {}
+    texts = {}
     for kind in range(min(NUM_KINDS, number)):
         asr, refused = (120 - 3 * kind, kind) if kind <= NUM_UNBEATEN else (70 + 5 * kind % 23, 40)
         tasks = {
@@ -145,13 +147,15 @@ def write_evaluations(run_dir: Path, number: int) -> None:
         }
         made = folder / f"step-{kind:06d}"
         write_evaluation(made, tasks, step=kind, baseline=first if kind else None)
-        texts[kind], links[kind] = (made / "results.json").read_text(), made / "samples.jsonl"
+        guard_evaluation(made, first, config=EvalConfig())
+        texts[kind] = (made / "results.json").read_text()
     for step in range(NUM_KINDS, number):
         kind = NUM_UNBEATEN + 1 + step % (NUM_KINDS - NUM_UNBEATEN - 1)
         place = folder / f"step-{step:06d}"
         place.mkdir()
         (place / "results.json").write_text(texts[kind].replace(f'"step": {kind},', f'"step": {step},', 1))
-        os.link(links[kind], place / "samples.jsonl")
+        for name in ("samples.jsonl", "guards.json"):
+            os.link(folder / f"step-{kind:06d}" / name, place / name)
 
 
 def arguments(stage: str, data: Path, run_dir: Path) -> list[str]:

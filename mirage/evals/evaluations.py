@@ -21,6 +21,7 @@ _T = TypeVar("_T", bound=Hashable)
 class Evaluation:
     """What the rule looks at in one evaluation's results; without categories, tables and comparisons."""
 
+    request: str
     step: int | None
     fingerprint: str
     baseline: str | None
@@ -44,6 +45,7 @@ class Evaluation:
         rates = [rate for task in results.tasks.values() for rate in task.rates.values()]
         limits = [[worse_limit(rate, better="lower"), worse_limit(rate, better="higher")] for rate in rates]
         return cls(
+            request=results.request,
             step=results.step,
             fingerprint=results.fingerprint,
             baseline=results.baseline.fingerprint if results.baseline is not None else None,

@@ -192,9 +192,38 @@ def guard_evaluation(folder: Path, baseline: Path, *, config: EvalConfig) -> lis
     else:
         rows, before = read_samples(folder), read_samples(baseline)
         alarms = check_guards(results, first, rows, baseline_samples=before, config=config)
-    content = [alarm.model_dump(mode="json") for alarm in alarms]
-    write_atomic(folder / GUARDS_FILE, json.dumps({"request": results.request, "alarms": content}, indent=2) + "\n")
+    content = {
+        "request": results.request,
+        "baseline": first.request,
+        "settings": _settings(config),
+        "alarms": [alarm.model_dump(mode="json") for alarm in alarms],
+    }
+    write_atomic(folder / GUARDS_FILE, json.dumps(content, indent=2) + "\n")
     return alarms
+
+
+def _settings(config: EvalConfig) -> dict[str, Any]:
+    """What alarms depend on besides the two evaluations, as JSON values."""
+    select = config.select
+    return {
+        "guards": config.guards != "off",
+        "margins": config.guard_margins.model_dump(mode="json"),
+        "general": list(select.general),
+        "over_refusal": list(select.over_refusal),
+    }
+
+
+def recorded_alarms(folder: Path, *, request: str, baseline: str, config: EvalConfig) -> list[Alarm] | None:
+    """The alarms in `guards.json`, where the same guards have looked at the same two evaluations (their requests).
+
+    None where they have not, or the file is damaged: the guards are to look then.
+    """
+    made_of = {"request": request, "baseline": baseline, "settings": _settings(config)}
+    try:
+        found = read_json_object(folder / GUARDS_FILE)
+        return read_alarms(folder) if {name: found.get(name) for name in made_of} == made_of else None
+    except (OSError, UserError):
+        return None
 
 
 def read_alarms(folder: Path) -> list[Alarm]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from mirage.config.loader import load_section
@@ -10,7 +11,7 @@ from mirage.config.schema import EvalConfig
 from mirage.errors import UserError
 from mirage.evals.evaluate_cli import recipe_of
 from mirage.evals.evaluations import Evaluation, run_evaluations
-from mirage.evals.guards import check_guards
+from mirage.evals.guards import check_guards, recorded_alarms
 from mirage.evals.results import read_results, read_samples
 from mirage.evals.selection import select_best, selection_markdown
 from mirage.files import write_atomic
@@ -46,20 +47,23 @@ def alarms_among(
 ) -> Callable[[str], str | None] | None:
     """What the guards say of the evaluation of a name, None for no alarm.
 
-    Without an evaluation of step 0 they say nothing. Its answers are read once, those of the others when it is their
-    turn, and are not kept.
+    Without an evaluation of step 0 they say nothing. What they said while training is taken where it was about the same
+    two evaluations under the same settings; else answers are read, those of step 0 once, and the others' are not kept.
     """
     first = next((name for name, evaluation in evaluations.items() if evaluation.step == 0), None)
     if first is None or config.guards == "off":
         return None
-    folder = run_dir / "evals"
-    results, samples = read_results(folder / first), read_samples(folder / first)
+    folder, start = run_dir / "evals", evaluations[first]
+    baseline = lru_cache(maxsize=1)(lambda: (read_results(folder / first), read_samples(folder / first)))
 
     def alarm_of(name: str) -> str | None:
-        if evaluations[name].baseline != results.fingerprint:
+        if evaluations[name].baseline != start.fingerprint:
             return None
-        rows = read_samples(folder / name)
-        alarms = check_guards(read_results(folder / name), results, rows, baseline_samples=samples, config=config)
+        request = evaluations[name].request
+        alarms = recorded_alarms(folder / name, request=request, baseline=start.request, config=config)
+        if alarms is None:
+            results, rows = read_results(folder / name), read_samples(folder / name)
+            alarms = check_guards(results, baseline()[0], rows, baseline_samples=baseline()[1], config=config)
         return "; ".join(alarm.message for alarm in alarms) or None
 
     return alarm_of

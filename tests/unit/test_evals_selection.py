@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from mirage.cli import dispatch
-from mirage.config.schema import SelectConfig
+from mirage.config.schema import EvalConfig, GuardMargins, SelectConfig
 from mirage.errors import UserError
+from mirage.evals import selection_cli
 from mirage.evals.evaluations import Evaluation, run_evaluations, worse_limit
+from mirage.evals.guards import Alarm, check_guards, guard_evaluation
 from mirage.evals.results import Results, read_results
 from mirage.evals.selection import Selection, select_best, selection_markdown
 from tests.support.evaluations import labels, write_evaluation
@@ -143,6 +145,39 @@ def test_what_is_held_of_an_evaluation_is_small(tmp_path: Path) -> None:
     num_bytes = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len({id(item.rates) for item in held}) == 1 and num_bytes / len(held) < 2000
+
+
+def test_what_the_guards_said_is_taken_where_it_was_about_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step, right in ((0, 120), (10, 60)):
+        evaluate(tmp_path, step, asr=160 - step, refused=4, right=right)
+    folder, config = tmp_path / "evals" / "step-000010", EvalConfig()
+    evaluations = run_evaluations(tmp_path)[0]
+    looked = []
+
+    def counted(results: Results, *args: object, **options: object) -> list[Alarm]:
+        looked.append(results.step)
+        return check_guards(results, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(selection_cli, "check_guards", counted)
+
+    def alarm(config: EvalConfig) -> str | None:
+        alarm_of = selection_cli.alarms_among(tmp_path, evaluations, config=config)
+        return alarm_of("step-000010") if alarm_of else None
+
+    found = alarm(config)
+    assert found is not None and "general ability fell" in found and looked == [10]
+    guard_evaluation(folder, tmp_path / "evals" / "step-000000", config=config)
+    assert alarm(config) == found and looked == [10]
+    wide = EvalConfig(guard_margins=GuardMargins(general=90))
+    assert alarm(wide) is None and looked == [10, 10]
+    content = json.loads((folder / "guards.json").read_text())
+    for name in ("request", "baseline"):  # about another evaluation
+        (folder / "guards.json").write_text(json.dumps(content | {name: "other", "alarms": []}))
+        assert alarm(config) == found
+    (folder / "guards.json").write_text("{")
+    assert alarm(config) == found and len(looked) == 5
 
 
 def test_no_rate_of_attack_success_is_a_mistake(tmp_path: Path) -> None:
