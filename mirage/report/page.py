@@ -77,7 +77,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, max_mb: fl
     lines = lines_of(columns)
     shown = browse(runs, limit_bytes=int(max_mb * 1e6))
     paragraphs, trained = tuple(summarise(columns, lines)), tuple(what_was_trained(run) for run in runs)
-    coverage = coverage_text(shown, max_mb=max_mb)
+    coverage = coverage_text(shown, max_mb=max_mb, runs=runs)
     body = _body(runs, columns, lines, shown, paragraphs=paragraphs, trained=trained, coverage=coverage)
     title = ", ".join(run.name for run in runs)
     right = min(len(shown.data["sets"]) - 1, 1 if len(runs) > 1 else len(shown.data["sets"]) - 1)
@@ -88,8 +88,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, max_mb: fl
     return Written(target, len(text.encode()), coverage, trained, paragraphs, results)
 
 
-def coverage_text(shown: Shown, *, max_mb: float) -> str:
-    """What of the samples and their pictures is in the file, in words."""
+def coverage_text(shown: Shown, *, max_mb: float, runs: Sequence[Run]) -> str:
+    """What of the samples, their pictures and the evaluations is in the file, in words."""
     text = (
         f"All {shown.num_samples:,} samples are here"
         if shown.num_shown == shown.num_samples
@@ -105,6 +105,11 @@ def coverage_text(shown: Shown, *, max_mb: float) -> str:
         text += f" {shown.thumbnails.num_missing:,} picture files were missing or unreadable."
     if shown.skipped_sets:
         text += f" Left out for size: {', '.join(shown.skipped_sets)}."
+    for run in runs:
+        if run.num_passed_over:
+            num_read = len(run.evaluations)
+            text += f" {num_read:,} of the {num_read + run.num_passed_over:,} evaluations of {run.name} are here, "
+            text += "taken evenly, with the first and the last."
     return text
 
 

@@ -17,6 +17,8 @@ from mirage.tracking.mirror import MIRROR_NAME, read_metrics
 from mirage.tracking.redact import redact
 from mirage.tracking.run import SUMMARY_NAME
 
+# Of one run: more points than a curve shows, and 100 MB of results.
+MAX_EVALUATIONS = 300
 # What the report reads of each line of samples.jsonl.
 _SAMPLE_TEXT = ("task", "id", "question", "answer", "verdict", "reason", "category", "sub_category")
 
@@ -56,6 +58,8 @@ class Run:
     summary: dict[str, Any]
     training: tuple[dict[str, Any], ...]
     """Records of the train axis, by step."""
+    num_passed_over: int = 0
+    """Evaluations between the first and the last that were not read, as there are too many for a page."""
 
     @property
     def first(self) -> Evaluation:
@@ -98,7 +102,8 @@ def _read_run(folder: Path, name: str) -> Run:
         raise UserError(
             f"{folder} holds no evaluations (evals/step-*/{RESULTS_FILE}); evaluate one: mirage evaluate {folder}"
         )
-    evaluations = [Evaluation(place, read_results(place), tuple(read_alarms(place))) for place in places]
+    read = _evenly(places)
+    evaluations = [Evaluation(place, read_results(place), tuple(read_alarms(place))) for place in read]
     evaluations.sort(key=lambda item: -1 if item.results.step is None else item.results.step)
     records = read_metrics(folder / MIRROR_NAME)
     training = sorted((record for record in records if record["axis"] == "train"), key=lambda record: record["step"])
@@ -109,7 +114,17 @@ def _read_run(folder: Path, name: str) -> Run:
         recipe=redact(read_object(folder / "recipe.json")),
         summary=redact(read_object(folder / SUMMARY_NAME)),
         training=tuple(training),
+        num_passed_over=len(places) - len(read),
     )
+
+
+def _evenly(places: Sequence[Path]) -> list[Path]:
+    """At most `MAX_EVALUATIONS` of the folders, the first and the last among them, by the step in their names."""
+    ordered = sorted(places, key=lambda place: (len(place.name), place.name))
+    if len(ordered) <= MAX_EVALUATIONS:
+        return ordered
+    last = len(ordered) - 1
+    return [ordered[number * last // (MAX_EVALUATIONS - 1)] for number in range(MAX_EVALUATIONS)]
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mirage import cli
 from mirage.errors import UserError
 from mirage.evals.answer_parts import answer_parts
 from mirage.evals.metrics import Paired
+from mirage.report import run_folder
 from mirage.report.browser import MAX_SETS, answer_sets, browse
 from mirage.report.callback import report_run
 from mirage.report.charts import MAX_POINTS, Point, Series, chart, number_text, thin_out
@@ -391,6 +392,25 @@ def test_a_dataset_that_is_there_brings_its_card(tmp_path: Path) -> None:
 def test_names_tell_folders_apart() -> None:
     assert short_names([Path("/x/runs/a")]) == ["a"]
     assert short_names([Path("/x/e/base"), Path("/x/e/mis/seed-0")]) == ["base", "mis/seed-0"]
+
+
+def test_of_very_many_evaluations_some_are_read_and_the_page_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "MAX_EVALUATIONS", 4)
+    first = tmp_path / "run" / "evals" / "step-000000"
+    for step in (0, 10, 20, 30, 40, 1_000_000):
+        base = first if step else None
+        folder = first.parent / f"step-{step:06d}"
+        write_evaluation(folder, {"mis_hard": labels(asr=5, rsr=5)}, step=step, baseline=base)
+    (run,) = read_runs([tmp_path / "run"])
+    assert [item.results.step for item in run.evaluations] == [0, 10, 30, 1_000_000] and run.num_passed_over == 2
+    written = write_report([tmp_path / "run"])
+    said = "4 of the 6 evaluations of run are here, taken evenly, with the first and the last."
+    assert said in written.coverage and said in written.path.read_text()
+    monkeypatch.setattr(run_folder, "MAX_EVALUATIONS", 6)
+    assert len(read_runs([tmp_path / "run"])[0].evaluations) == 6
+    assert "taken evenly" not in write_report([tmp_path / "run"]).coverage
 
 
 # Mistakes
