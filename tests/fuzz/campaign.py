@@ -152,12 +152,23 @@ def time_limit(seconds: float, *, wall_seconds: float) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Readers may warn and log; afterwards both are as they were."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def run_share(name: str, seed: int, numbers: range, out: str) -> Tally:
     """These cases of one reader, in this process."""
-    warnings.simplefilter("ignore")
-    logging.disable()
     tally = Tally(name)
-    with tempfile.TemporaryDirectory() as root:
+    with _quiet(), tempfile.TemporaryDirectory() as root:
         try:
             bench = Bench(name, Path(root).resolve())
             # What is loaded at first use is no case's memory.

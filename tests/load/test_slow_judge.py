@@ -34,8 +34,10 @@ def settings(server: FakeOpenAI) -> EndpointConfig:
     )  # fmt: skip
 
 
-def test_a_judge_that_hangs_is_given_up_and_makes_nothing_safe(tmp_path: Path) -> None:
+def test_a_judge_that_hangs_is_given_up_and_makes_nothing_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of 300 questions would hang for two time-outs; after a round of them the rest is not sent."""
+    # Verdicts of an earlier run of this test would be taken from the cache that runs share.
+    monkeypatch.setenv("MIRAGE_CACHE", str(tmp_path / "cache"))
     samples = [make_sample(number) for number in range(NUM_SAMPLES)]
     answers = [Answer(str(number), f"I decline, {number}.", 4, "stop") for number in range(NUM_SAMPLES)]
     task = TASKS["mis_hard"]

@@ -12,7 +12,8 @@ from mirage.config.schema import DataConfig, Family, PreprocessingConfig, Source
 from mirage.data.lengths import LengthIndex, index_rows
 from mirage.data.pictures import PictureLoader
 from mirage.data.render import Sample, render_sample
-from mirage.data.sources import SourcedRow, load_mixture
+from mirage.data.row_list import RowList
+from mirage.data.sources import load_mixture
 from mirage.models import ModelAdapter, load_model
 from mirage.models.tiny import build_tiny
 
@@ -40,13 +41,13 @@ def fresh(folder: Path, **options: Any) -> tuple[Any, ModelAdapter]:
 
 
 @lru_cache(maxsize=8)
-def mixture(data_dir: Path, folder: Path, pack_tokens: int = 4096) -> tuple[tuple[SourcedRow, ...], LengthIndex]:
+def mixture(data_dir: Path, folder: Path, pack_tokens: int = 4096) -> tuple[RowList, LengthIndex]:
     """Rows of the training splits and their lengths under the model in `folder`."""
     _, adapter = load_model(folder)
     sources = tuple(SourceConfig(split=split) for split in ("train", "train_twins", "train_general"))
     config = DataConfig(dir=data_dir, sources=sources, pack_tokens=pack_tokens)
     rows, index, _ = index_rows(load_mixture(config, seed=0).rows, adapter, config)
-    return tuple(rows), index
+    return rows, index
 
 
 def samples(data_dir: Path, folder: Path, adapter: ModelAdapter, numbers: list[int]) -> list[Sample]:
