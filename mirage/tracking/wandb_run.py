@@ -25,6 +25,8 @@ from mirage.tracking.wandb_file import Sent, read_sent
 ID_NAME = "wandb_id"
 FLUSH_SECONDS = 1.0
 """How often wandb's file is flushed, and so the most that a kill takes from it; a restart sends that again."""
+START_SECONDS = 120
+"""Longest wait for wandb's own process. Its default of 30 is too short for a machine busy with loading models."""
 GIVE_UP_FAILURES = 20
 """Failures in a row after which wandb is left alone for the rest of the run."""
 
@@ -246,6 +248,7 @@ def _init(
 
     online = mode == "online"
     with _files_in(run_dir), _redacted_command_line():
+        wandb.setup(wandb.Settings(x_service_wait=START_SECONDS))
         run = wandb.init(
             mode="online" if online else "offline",
             id=identity,
@@ -265,7 +268,7 @@ def _init(
                 silent=not online,
                 show_info=False,
                 x_transaction_log_flush_interval=FLUSH_SECONDS,
-                init_timeout=60,
+                init_timeout=START_SECONDS,
                 finish_timeout=600,
             ),
         )
