@@ -42,7 +42,9 @@ def step_losses(recipe: str, data_dir: Path, work: Path) -> list[float]:
     return [line["train/loss"] for line in lines if line["axis"] == "train"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("_lora")) for name in RECIPES]
+)
 def test_losses_are_the_committed_ones(recipe, shapes, tmp_path):
     expected = json.loads((HERE / f"{recipe}.json").read_text())
     assert step_losses(recipe, shapes, tmp_path) == pytest.approx(expected, rel=TOLERANCE)

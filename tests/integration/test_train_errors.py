@@ -50,7 +50,7 @@ def test_no_data(repo_root, tmp_path):
     assert_one_message(done, "make datagen")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_corrupt_picture_stops_the_run_at_its_row(repo_root, shapes, tmp_path, workers):
     data = Path(shutil.copytree(shapes, tmp_path / "data"))
     for picture in data.glob("images/*/*.png"):

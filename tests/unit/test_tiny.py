@@ -20,7 +20,7 @@ def hashes(folder):
     return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("family", ["internvl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["internvl", pytest.param("qwen2_vl", marks=pytest.mark.slow)])
 def test_same_settings_give_the_same_bytes_and_learn(tmp_path, shapes, family):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
