@@ -6,8 +6,10 @@ import os
 import re
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -249,6 +251,7 @@ def _init(
     online = mode == "online"
     with _files_in(run_dir), _redacted_command_line():
         wandb.setup(wandb.Settings(x_service_wait=START_SECONDS))
+        _wait_for_a_folder_of_its_own(run_dir, identity)
         run = wandb.init(
             mode="online" if online else "offline",
             id=identity,
@@ -277,6 +280,12 @@ def _init(
         run.define_metric(f"{axis}/*", step_metric=f"{axis}/step")
     run.define_metric("samples/*", step_metric="eval/step")
     return run
+
+
+def _wait_for_a_folder_of_its_own(run_dir: Path, identity: str) -> None:
+    """wandb names a folder by the second and the run: a restart in the same second would write over the file there."""
+    while list((run_dir / "wandb").glob(f"*-{datetime.now():%Y%m%d_%H%M%S}-{identity}")):
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from mirage.tracking.callback import TrackingCallback
 from mirage.tracking.mirror import MetricsFile, read_metrics
 from mirage.tracking.redact import HIDDEN, redact
 from mirage.tracking.run import Tracker
+from mirage.tracking.wandb_file import read_records
 
 PLANTED = "plantedSecretValue0123456789abcdefghijklmn"
 OFF = TrackingConfig(wandb="off")
@@ -61,6 +63,15 @@ def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
+def _wait_until_written(run_dir: Path) -> None:
+    """wandb's own process, which outlives a run here, still writes for a moment after the run is closed."""
+    (file,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30
+    while "exit" not in {record.WhichOneof("record_type") for record in read_records(file)}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes' worth: three steps, an evaluation with a table, closed; then continued after step 2."""
@@ -80,6 +91,7 @@ def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tracker.log({"eval/mis_hard/asr": 0.25}, axis="eval", step=2)
         tracker.log_samples("mis_hard", rows, step=2)
         tracker.close()
+        _wait_until_written(run_dir)
 
         tracker = open_tracker(run_dir, config)
         tracker.rewind(2)
