@@ -12,8 +12,8 @@ from tests.faults.attempt import environment
 from tests.faults.chain import ROOT, Inputs, _train_full, names_aside, result
 from tests.faults.processes import Command, wait_for
 
-# Where the time of day is meant: it is compared with files' own times, with a date that a server names, or with the time
-# that wandb puts into a folder's name.
+# Where the time of day is meant: it is compared with files' own times, with a date that a server names, or with the
+# time that wandb puts into a folder's name.
 WALL_CLOCK = {
     "mirage/training/failures.py": 1,
     "mirage/data/tensor_store.py": 1,
