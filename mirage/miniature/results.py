@@ -22,6 +22,7 @@ from mirage.miniature.plan import (
     rows_fingerprint,
     settings_hash,
 )
+from mirage.strict_json import read_json_lines
 
 SCHEMA_VERSION = 2
 # What samples are grouped by: tags of their rows, and two things that follow from the row.
@@ -208,7 +209,7 @@ def _training(run_dir: Path) -> dict[str, Any]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [value for _, value in read_json_lines(file)]
 
 
 def _world_size(run_dir: Path, steps: int) -> int:

@@ -1,0 +1,1 @@
+"""Many rows, many evaluations and slow servers: time and memory stay bounded."""

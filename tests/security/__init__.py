@@ -1,0 +1,1 @@
+"""What an attacker controls, and that nothing comes of it; SECURITY.md names these tests."""
