@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from rapidfuzz.distance import OSA
 
 from mirage.config.schema import Recipe
 from mirage.config.values import is_section, item_type, strip_optional
@@ -156,19 +157,17 @@ def nearest_key(path: Sequence[str | int]) -> str | None:
         exact = [c for c in candidates if c == f"{parent}.{synonym.rpartition('.')[2]}"]
         return _with_indices((exact or [synonym])[0], indices)
 
-    def cost(candidate: str) -> float:
+    def cost(candidate: str) -> tuple[float, int]:
         candidate_parent, _, candidate_last = candidate.rpartition(".")
+        whole = OSA.distance(key, candidate.lower())
         # A right last part under a wrong section is nearer than a whole key with as many wrong letters.
-        moved = edit_distance(last, candidate_last) + (0.0 if candidate_parent == parent else 0.5)
-        # A distance is at least the difference of the lengths.
-        return moved if abs(len(key) - len(candidate)) >= moved else min(edit_distance(key, candidate.lower()), moved)
+        moved = OSA.distance(last, candidate_last) + (0.0 if candidate_parent == parent else 0.5)
+        # A bare word tells nothing of its section: the first key of the schema that fits it is meant.
+        return min(whole, moved), whole if parent else 0
 
-    # A bare word tells nothing of its section: the first key of the schema that fits it is meant.
-    best = min(
-        candidates, key=lambda candidate: (cost(candidate), edit_distance(key, candidate.lower()) if parent else 0)
-    )
+    best = min(candidates, key=cost)
     limit = max(1.5, _MAX_DISTANCE_SHARE * len(last))
-    return _with_indices(best, indices) if cost(best) <= limit else None
+    return _with_indices(best, indices) if cost(best)[0] <= limit else None
 
 
 def _with_indices(key: str, indices: list[str]) -> str:
@@ -180,21 +179,7 @@ def nearest_word(word: str, words: Sequence[str]) -> str | None:
     """The word nearest to `word` by edit distance, else the first that contains it; None when none is near."""
     if len(word) > MAX_WORD_CHARS:
         return None
-    best = min(words, key=lambda other: (edit_distance(word.lower(), other.lower()), other), default=None)
-    if best is None or edit_distance(word.lower(), best.lower()) > max(2, 0.4 * len(word)):
+    best = min(words, key=lambda other: (OSA.distance(word.lower(), other.lower()), other), default=None)
+    if best is None or OSA.distance(word.lower(), best.lower()) > max(2, 0.4 * len(word)):
         return next((other for other in words if word.lower() in other.lower()), None) if word else None
     return best
-
-
-def edit_distance(first: str, second: str) -> int:
-    """Insertions, deletions, replacements and swaps of neighbours that turn one text into the other (Damerau)."""
-    before: list[int] = []
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, start=1):
-        older, before, row = before, row, [i]
-        for j, b in enumerate(second, start=1):
-            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
-            if i > 1 and j > 1 and a == second[j - 2] and b == first[i - 2]:
-                best = min(best, older[j - 2] + 1)
-            row.append(best)
-    return row[-1]

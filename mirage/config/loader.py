@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from mirage.config.keys import KeyPath, UnknownKey, join, nearest_key, nearest_word, resolve, split
 from mirage.config.schema import Recipe
@@ -77,8 +78,8 @@ def load_recipe(args: Sequence[str]) -> Recipe:
         raise UserError(f"no recipe is given; write recipe=NAME.\n{recipe_table()}")
     file = find_recipe(name)
     build = _Build(problems=problems)
-    for layer in _extends_chain(file):
-        _add_file(build, layer, inherited=layer != file)
+    for layer, nodes in _extends_chain(file):
+        _add_file(build, layer, nodes, inherited=layer != file)
     for key, text in overrides:
         _add_override(build, key, text)
     if build.data.get("name", _REFUSED) is _REFUSED and ("name",) not in build.refused:
@@ -121,6 +122,28 @@ def resolved_json(recipe: Recipe) -> str:
     # Validating once more gives defaults their declared types (2 and 2.0 must not be two recipes).
     canonical = Recipe.model_validate(recipe.model_dump())
     return json.dumps(canonical.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def with_newer_options(written: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's recipe.json with the options that its version did not have, each at its default.
+
+    The default of a new option is what was done before there was the option, so runs go on after an update.
+    """
+    return _with_defaults(Recipe, written)
+
+
+def _with_defaults(section: type[BaseModel], written: Mapping[str, Any]) -> dict[str, Any]:
+    whole = dict(written)
+    for key, info in section.model_fields.items():
+        kind, value = strip_optional(info.annotation)[0], whole.get(key)
+        if key not in whole:
+            if not info.is_required():
+                whole[key] = to_jsonable_python(info.get_default(call_default_factory=True))
+        elif is_section(kind) and isinstance(value, dict):
+            whole[key] = _with_defaults(kind, value)
+        elif (item := item_type(kind)) and is_section(item) and isinstance(value, list):
+            whole[key] = [_with_defaults(item, part) if isinstance(part, dict) else part for part in value]
+    return whole
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -183,19 +206,18 @@ def _first_comment(file: Path) -> str:
     return ""
 
 
-def _extends_chain(file: Path) -> list[Path]:
-    """`file` and what it extends, the most basic first."""
-    chain = [file]
-    while (parent := _parent(chain[-1])) is not None:
-        if parent.resolve() in [link.resolve() for link in chain]:
-            circle = " -> ".join(link.name for link in [*chain, parent])
-            raise UserError(f"{chain[-1]}: extends goes in a circle: {circle}")
-        chain.append(parent)
+def _extends_chain(file: Path) -> list[tuple[Path, dict[str, Node]]]:
+    """`file` and what it extends with what they say, the most basic first."""
+    chain = [(file, _read(file))]
+    while (parent := _parent(*chain[-1])) is not None:
+        if parent.resolve() in [link.resolve() for link, _ in chain]:
+            circle = " -> ".join(link.name for link in [*(link for link, _ in chain), parent])
+            raise UserError(f"{chain[-1][0]}: extends goes in a circle: {circle}")
+        chain.append((parent, _read(parent)))
     return chain[::-1]
 
 
-def _parent(file: Path) -> Path | None:
-    root = _read(file)
+def _parent(file: Path, root: Mapping[str, Node]) -> Path | None:
     node = root.get("extends")
     if node is None:
         return None
@@ -225,11 +247,10 @@ def _read(file: Path) -> dict[str, Node]:
 # Merging
 
 
-def _add_file(build: _Build, file: Path, *, inherited: bool) -> None:
-    nodes = {key: node for key, node in _read(file).items() if key != "extends"}
-    if inherited:
-        nodes = {key: node for key, node in nodes.items() if key not in _NOT_INHERITED}
-    data = _section(build, Node(nodes, 1), Recipe, (), str(file))
+def _add_file(build: _Build, file: Path, nodes: Mapping[str, Node], *, inherited: bool) -> None:
+    left_out = ("extends", *(_NOT_INHERITED if inherited else ()))
+    kept = {key: node for key, node in nodes.items() if key not in left_out}
+    data = _section(build, Node(kept, 1), Recipe, (), str(file))
     build.data = _merge(build.data, data)
 
 

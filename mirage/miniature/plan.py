@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mirage.config.loader import load_recipe, resolved_json
+from mirage.config.loader import load_recipe, resolved_json, with_newer_options
 from mirage.config.schema import Family, Recipe
 from mirage.errors import UserError
 from mirage.evals.results import RESULTS_FILE, SAMPLES_FILE
@@ -269,8 +269,9 @@ def _check_settings(job: Job) -> None:
 
 def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What decides weights and answers; which tasks are measured is compared with the results themselves."""
-    kept = {key: value for key, value in recipe.items() if key not in _FREE}
-    kept["eval"] = {key: recipe["eval"].get(key) for key in ("max_new_tokens", "judge")}
+    whole = with_newer_options(recipe)
+    kept = {key: value for key, value in whole.items() if key not in _FREE}
+    kept["eval"] = {key: whole["eval"].get(key) for key in ("max_new_tokens", "judge")}
     return kept
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mirage.config.loader import resolved_json
+from mirage.config.loader import resolved_json, with_newer_options
 from mirage.config.schema import Recipe
 from mirage.errors import UserError
 from mirage.models.adapter import PreprocessingSpec
@@ -35,7 +35,8 @@ def check_same_run(run_dir: Path, recipe: Recipe) -> None:
         return
     file = run_dir / "recipe.json"
     if file.exists():
-        before, now = read_json_object(file, remedy="the run folder is damaged"), json.loads(resolved_json(recipe))
+        before = with_newer_options(read_json_object(file, remedy="the run folder is damaged"))
+        now = json.loads(resolved_json(recipe))
         changed = list(_changes(before, now))
         if changed:
             raise UserError(

@@ -3,9 +3,11 @@
     python -m tests.fuzz.campaign --cases 100000 --seed 0 --out DIR [--readers rows,recipe] [--jobs 8]
 
 A case is a number: the same number, seed and reader make the same bytes. Each case has its own time limit (the table
-shows processor time). Peak memory is traced (`tracemalloc`) on one case in twenty, and the growth of the process's
+shows processor time). Peak memory is traced (`tracemalloc`) on one case in fifty, and the growth of the process's
 resident size is taken over all. The bytes of a failing case are written to DIR/failures/READER-NUMBER, beside them what
-was raised. A reader whose packages are missing is skipped and said to be. Exit status 1 if any case failed.
+was raised. Finished shares of the cases are kept in DIR/shares: the same command goes on where it was stopped, and with
+more cases it does the rest. A reader whose packages are missing is skipped and said to be. Exit status 1 if any case
+failed.
 """
 
 from __future__ import annotations
@@ -37,11 +39,14 @@ from typing import Any
 CASE_SECONDS, CASE_WALL_SECONDS = 10.0, 60.0
 # Traced memory of one case: a constant, and so much for each byte of the document.
 MEMORY_BYTES, MEMORY_PER_BYTE = 64 * 1024**2, 100
-TRACE_EVERY = 20
+TRACE_EVERY = 50
 MAX_MESSAGE_CHARS = 8_000
 MAX_SAVED = 20
-# A process loads the libraries anew, which takes seconds.
 SHARE_CASES = 10_000
+# What the processes of the shares find loaded.
+LIBRARIES = ["torch", "transformers", "datasets", "tests.fuzz.readers"]
+# Writing a file over on a disk takes longer than most readers.
+MEMORY_FOLDER = "/dev/shm"
 
 
 class Hang(BaseException):
@@ -168,7 +173,8 @@ def _quiet() -> Iterator[None]:
 def run_share(name: str, seed: int, numbers: range, out: str) -> Tally:
     """These cases of one reader, in this process."""
     tally = Tally(name)
-    with _quiet(), tempfile.TemporaryDirectory() as root:
+    scratch = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
+    with _quiet(), tempfile.TemporaryDirectory(dir=scratch) as root:
         try:
             bench = Bench(name, Path(root).resolve())
             # What is loaded at first use is no case's memory.
@@ -235,49 +241,73 @@ def _resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+Share = tuple[str, int, range]
+
+
 def run(names: Sequence[str], *, cases: int, seed: int, jobs: int, out: Path) -> list[Tally]:
     """The campaign; shares of a reader's cases go to processes of their own, `jobs` at a time."""
-    parts = 1 if jobs == 1 else max(1, min(jobs, cases // SHARE_CASES))
-    shares = [(name, seed, range(start, cases, parts), str(out)) for name in names for start in range(parts)]
+    starts = range(0, cases, SHARE_CASES)
+    shares = [(name, seed, range(start, min(start + SHARE_CASES, cases))) for start in starts for name in names]
     tallies = {name: Tally(name) for name in names}
-    for tally in map(_unpacked, shares) if jobs == 1 else _in_processes(shares, jobs):
+    for tally in _alone(shares, out) if jobs == 1 else _in_processes(shares, jobs, out):
         tallies[tally.reader].add(tally)
         if jobs > 1:
             print(f"{tally.reader}: {tallies[tally.reader].cases} of {cases}", file=sys.stderr, flush=True)
     return list(tallies.values())
 
 
-Share = tuple[str, int, range, str]
+def _file(share: Share, out: Path) -> Path:
+    name, seed, numbers = share
+    return out / "shares" / f"{name}-seed-{seed}-{numbers.start}-{numbers.stop}.json"
 
 
-def _unpacked(share: Share) -> Tally:
-    return run_share(*share)
+def _finished(share: Share, out: Path) -> Tally | None:
+    """What became of a share that is done; one with failures is run again."""
+    file = _file(share, out)
+    tally = Tally(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return None if tally is None or tally.failed or tally.skipped else tally
 
 
-def _in_processes(shares: Sequence[Share], jobs: int) -> Iterator[Tally]:
+def _run_into(share: Share, out: Path) -> None:
+    file = _file(share, out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as aside:
+        json.dump(asdict(run_share(*share, str(out))), aside)
+    os.replace(aside.name, file)
+
+
+def _alone(shares: Sequence[Share], out: Path) -> Iterator[Tally]:
+    for share in shares:
+        if _finished(share, out) is None:
+            _run_into(share, out)
+        yield Tally(**json.loads(_file(share, out).read_text(encoding="utf-8")))
+
+
+def _in_processes(shares: Sequence[Share], jobs: int, out: Path) -> Iterator[Tally]:
     """The shares' tallies as they come. A process that dies, by a fault in a library's own code say, is a failure."""
-    context = multiprocessing.get_context("spawn")
-    waiting, running = list(reversed(shares)), {}
-    with tempfile.TemporaryDirectory() as folder:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                share, file = waiting.pop(), Path(folder) / f"{len(waiting)}.json"
-                process = context.Process(target=_run_into, args=(file, share))
-                process.start()
-                running[process] = share, file
-            multiprocessing.connection.wait([process.sentinel for process in running])
-            for process in [process for process in running if process.exitcode is not None]:
-                share, file = running.pop(process)
-                if process.exitcode == 0:
-                    yield Tally(**json.loads(file.read_text(encoding="utf-8")))
-                else:
-                    name, _, numbers, _ = share
-                    ended = f"a process ended with {process.exitcode}; its cases: {numbers}"
-                    yield Tally(name, cases=1, failed=1, failures=[{"case": -1, "raised": ended}])
-
-
-def _run_into(file: Path, share: Share) -> None:
-    file.write_text(json.dumps(asdict(run_share(*share))), encoding="utf-8")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    waiting, running = [], {}
+    for share in shares:
+        found = _finished(share, out)
+        if found is not None:
+            yield found
+        else:
+            waiting.insert(0, share)
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            share = waiting.pop()
+            process = context.Process(target=_run_into, args=(share, out))
+            process.start()
+            running[process] = share
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        for process in [process for process in running if process.exitcode is not None]:
+            share = running.pop(process)
+            if process.exitcode == 0:
+                yield Tally(**json.loads(_file(share, out).read_text(encoding="utf-8")))
+            else:
+                ended = f"a process ended with {process.exitcode}; its cases: {share[2]}"
+                yield Tally(share[0], cases=1, failed=1, failures=[{"case": -1, "raised": ended}])
 
 
 def table(tallies: Sequence[Tally]) -> str:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.campaign import Bench, main, time_limit
+from tests.fuzz import campaign
+from tests.fuzz.campaign import Bench, Tally, main, time_limit
 from tests.fuzz.mutate import documents, mutate
 from tests.fuzz.readers import READERS
 
@@ -69,6 +70,15 @@ def test_the_campaign_saves_what_fails(tmp_path: Path, monkeypatch: pytest.Monke
     assert main(["--cases", "60", "--readers", "decisions", "--out", str(tmp_path)]) == 1
     saved = sorted((tmp_path / "failures").glob("decisions-*"))
     assert saved and b"\\" in saved[0].read_bytes() and "KeyError" in capsys.readouterr().out
+
+
+def test_the_campaign_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "SHARE_CASES", 10)
+    arguments = ["--readers", "decisions", "--out", str(tmp_path), "--cases"]
+    assert main([*arguments, "20"]) == 0
+    done: list[range] = []
+    monkeypatch.setattr(campaign, "run_share", lambda name, seed, numbers, out: done.append(numbers) or Tally(name))
+    assert main([*arguments, "30"]) == 0 and done == [range(20, 30)]
 
 
 def _with_read(name: str, read: object) -> object:

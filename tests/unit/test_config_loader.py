@@ -15,12 +15,21 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from rapidfuzz.distance import OSA
 from rich.console import Console
 
 from mirage.config import load_recipe
 from mirage.config.describe import print_schema
-from mirage.config.keys import SYNONYMS, all_keys, edit_distance, nearest_key, nearest_word, resolve, split
-from mirage.config.loader import find_recipe, list_recipes, load_section, recipe_hash, require_weights, resolved_json
+from mirage.config.keys import SYNONYMS, all_keys, nearest_key, nearest_word, resolve, split
+from mirage.config.loader import (
+    find_recipe,
+    list_recipes,
+    load_section,
+    recipe_hash,
+    require_weights,
+    resolved_json,
+    with_newer_options,
+)
 from mirage.config.schema import EvalConfig, Recipe
 from mirage.config.values import Scalar, format_value, is_section, item_type, parse_scalar, strip_optional
 from mirage.errors import UserError
@@ -310,15 +319,7 @@ def test_one_wrong_letter_is_understood(key: str, data: st.DataObject) -> None:
     parent, _, last = key.rpartition(".")
     position = data.draw(st.integers(0, len(last)))
     typed = f"{parent}.{last[:position]}q{last[position:]}" if parent else last[:position] + "q" + last[position:]
-    assert edit_distance(nearest_key(split(typed)) or "", typed) == 1
-
-
-@given(st.text(max_size=8), st.text(max_size=8), st.text(max_size=8))
-def test_edit_distance_is_a_distance(a: str, b: str, c: str) -> None:
-    assert edit_distance(a, b) == edit_distance(b, a)
-    assert (edit_distance(a, b) == 0) == (a == b)
-    assert edit_distance(a, a + c) == len(c)
-    assert edit_distance("train", "trian") == 1
+    assert OSA.distance(nearest_key(split(typed)) or "", typed) == 1
 
 
 def test_key_given_twice(recipe_file: Path) -> None:
@@ -438,6 +439,16 @@ def test_recipe_is_frozen_and_resolved_json_is_canonical(recipe_file: Path, tmp_
     saved = tmp_path / "saved.json"
     saved.write_text(resolved_json(recipe))
     assert load_recipe([f"recipe={saved}"]) == recipe
+
+
+def test_an_option_that_a_run_was_written_without_has_its_default(recipe_file: Path) -> None:
+    recipe = load_recipe([f"recipe={recipe_file}", "data.sources=[{path: /a}]", "data.num_workers=3"])
+    now, before = json.loads(resolved_json(recipe)), json.loads(resolved_json(recipe))
+    del before["data"]["check_pictures"], before["preprocessing"], before["data"]["sources"][0]["max_samples"]
+    assert with_newer_options(before) == now
+    before["data"]["num_workers"], before["data"]["gone"] = 2, True
+    now["data"]["num_workers"], now["data"]["gone"] = 2, True
+    assert with_newer_options(before) == now
 
 
 @pytest.mark.parametrize("name", list(list_recipes()))

@@ -263,3 +263,6 @@ def test_a_run_may_be_continued_with_and_without_a_profile(tmp_path: Path) -> No
     check_same_run(tmp_path, load_recipe(["recipe=tiny_internvl_mis", f"run_dir={tmp_path}"]))
     with pytest.raises(UserError, match=r"train\.seed"):
         check_same_run(tmp_path, load_recipe(["recipe=tiny_internvl_mis", f"run_dir={tmp_path}", "train.seed=1"]))
+    del before["data"]["check_pictures"]  # an earlier version's run
+    (tmp_path / "recipe.json").write_text(json.dumps(before))
+    check_same_run(tmp_path, load_recipe(["recipe=tiny_internvl_mis", f"run_dir={tmp_path}"]))
