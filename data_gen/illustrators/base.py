@@ -28,7 +28,7 @@ from mirage.files import write_atomic
 from mirage.strict_json import read_json
 
 OBJECT = "{object}"
-NO_LICENCE = re.compile(r"(?i)^\W*(unknown|none|n/?a|tbd|todo|unlicen[sc]ed|all rights reserved)?\W*$")
+NO_LICENCE = re.compile(r"(?i)^\W*+(unknown|none|n/?a|tbd|todo|unlicen[sc]ed|all rights reserved)?\W*$")
 
 
 class NoPicture(Exception):

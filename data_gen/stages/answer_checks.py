@@ -69,8 +69,9 @@ LEAK_PHRASES = _any_of(
 )
 LEAK_MARKS = _any_of(r"\[(?:begin|end) [0-9a-f]{4,}\]", r"[{}]", r"<\|[^|]*\|>", r"</?[a-z_]+>")
 LEAK_IDS = re.compile(r"\b[a-z]+(?:_[a-z0-9]+)+\b")
+# A run of signs and spaces that begins a line is taken whole and once.
 LEAK_HEADINGS = re.compile(
-    r"(?:^|\n)\s*[#*\s]*(?:perceive|relate|risk|reply|analysis|perception|reasoning|decision"
+    r"(?:\A|(?<![#*\s])(?>[#*\s]*?\n))[#*\s]*+(?:perceive|relate|risk|reply|analysis|perception|reasoning|decision"
     r"|safety (?:response|analysis))\s*\**:",
     re.IGNORECASE,
 )

@@ -320,7 +320,7 @@ _ORDINALS = (
     ("sixth", "6th"),
 )
 _SHOWS = re.compile(
-    r"^(?:'s)?\s*(?:,|:|-)?\s*(?:(?:clearly|also|just|mainly|simply)\s+)?"
+    r"^(?:'s)?\s*+(?:,|:|-)?\s*+(?:(?:clearly|also|just|mainly|simply)\s+)?"
     r"(?:shows?|showing|depicts?|depicting|displays?|contains?|features?|presents?|portrays?|illustrates?|includes?|holds?"
     r"|is of|is|has|there (?:is|are)|(?:i|we|you)(?: can)? see|:)\s+(?P<what>.+)"
 )

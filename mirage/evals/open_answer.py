@@ -13,8 +13,9 @@ _MARKS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ",
 _TRIVIAL = frozenset(":,.!?;'")
 _SENTENCES = re.compile(r"\.\s(?=[A-Z])|\n")
 _WITH_COMMAS = re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b")
-_SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+")
-_SIMPLE = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+# A run of digits is tried from its start alone, so that a long one takes no time by its square.
+_SCIENTIFIC = re.compile(r"-?(?<!\d)\d+(?:\.\d+)?[eE][+-]?\d+")
+_SIMPLE = re.compile(r"-?(?:(?<!\d)\d+\.\d+|\.\d+|(?<!\d)\d+\b)(?![eE][+-]?\d+)(?![,\d])")
 
 Normal = str | float
 

@@ -273,7 +273,7 @@ def _run_into(share: Share, out: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as aside:
         json.dump(asdict(run_share(*share, str(out))), aside)
-    os.replace(aside.name, file)
+    Path(aside.name).replace(file)
 
 
 def _alone(shares: Sequence[Share], out: Path) -> Iterator[Tally]:
