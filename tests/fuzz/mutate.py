@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import copy
 import csv
+import html
 import io
 import json
+import re
+import zipfile
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, Literal
 
 from hypothesis import strategies as st
 
-Kind = Literal["json", "jsonl", "text", "csv", "tsv", "binary"]
+Kind = Literal["json", "jsonl", "text", "csv", "tsv", "zip", "binary"]
 Mutator = Callable[[Random, bytes], bytes]
 
 LONG_TEXT_CHARS = 3_000
@@ -196,6 +199,29 @@ def change_lines(random: Random, content: bytes) -> bytes:
     return b"\n".join(lines)
 
 
+def change_archive(random: Random, content: bytes) -> bytes:
+    """A zip file of XML with a part's bytes damaged, a text or a tag's value of it replaced, or a part left out."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = random.choice(list(parts))
+    choice = random.randrange(8)
+    if choice == 0:
+        del parts[name]
+    elif choice == 1:
+        parts[name] = change_bytes(random, parts[name])
+    else:
+        values = list(re.finditer(rb">([^<>]*)<" if choice < 5 else rb'"([^"<>]*)"', parts[name]))
+        place = random.choice(values).span(1) if values else (0, 0)
+        escape = str if random.random() < 0.2 else html.escape
+        new = escape(str(hostile(random))).encode("utf-8", "surrogatepass")
+        parts[name] = parts[name][: place[0]] + new + parts[name][place[1] :]
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for part, data in parts.items():
+            archive.writestr(zipfile.ZipInfo(part), data)
+    return whole.getvalue()
+
+
 def change_bytes(random: Random, content: bytes) -> bytes:
     """Bytes flipped, cut out, repeated, overwritten, inserted or cut off; another encoding; a deep nest."""
     choice = random.randrange(12)
@@ -234,6 +260,7 @@ _STRUCTURED: dict[Kind, tuple[Mutator, ...]] = {
     "text": (change_lines, change_bytes),
     "csv": (change_csv, change_csv, change_bytes),
     "tsv": (change_tsv, change_tsv, change_bytes),
+    "zip": (change_archive, change_archive, change_bytes),
     "binary": (change_bytes,),
 }
 

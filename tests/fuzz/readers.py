@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -792,6 +793,22 @@ def _predictions(folder: Path) -> None:
     _put(folder / "c.jsonl", _jsonl({"doc": {"id": n, "question": "Q"}, "filtered_resps": ["A"]} for n in range(2)))
 
 
+def _workbook(folder: Path) -> None:
+    import datetime
+
+    import openpyxl
+    from openpyxl.writer import excel
+
+    book = openpyxl.Workbook()
+    for row in (["index", "question", "prediction"], [1, "Q?", "A"], [2, "Q2?", "=1+1"], [3, "Q3?", None]):
+        book.active.append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / "d.xlsx", "w") as archive:
+        # The same bytes each time: a case is a number.
+        book.properties.created = book.properties.modified = datetime.datetime(2026, 1, 1)
+        excel.ExcelWriter(book, archive).write_data()
+
+
 def _read_predictions(file: str) -> Callable[[Path], None]:
     def read(folder: Path) -> None:
         from mirage.evals.interchange.predictions import read_predictions
@@ -805,6 +822,7 @@ def _read_predictions(file: str) -> Callable[[Path], None]:
 _add("predictions_tsv", "tsv", "a.tsv", _predictions, _read_predictions("a.tsv"))
 _add("predictions_json", "json", "b.json", _predictions, _read_predictions("b.json"))
 _add("predictions_jsonl", "jsonl", "c.jsonl", _predictions, _read_predictions("c.jsonl"))
+_add("predictions_xlsx", "zip", "d.xlsx", _workbook, _read_predictions("d.xlsx"))
 
 
 # Data generation

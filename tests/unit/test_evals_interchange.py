@@ -7,11 +7,13 @@ import csv
 import importlib.util
 import json
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 import yaml
 from PIL import Image
@@ -130,7 +132,6 @@ def test_an_answer_that_is_absent_is_unscored_and_an_empty_one_is_an_answer(tmp_
 
 
 def test_xlsx_predictions(tmp_path: Path, dataset: Path) -> None:
-    openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
     rows = star_predictions(["A", "B", "C", None])  # type: ignore[list-item]
     book.active.append(list(rows[0]))
@@ -140,6 +141,31 @@ def test_xlsx_predictions(tmp_path: Path, dataset: Path) -> None:
     result = score(tmp_path / "p.xlsx", "mmstar", dataset, tmp_path / "out").tasks["mmstar"]
     assert (result.rates["accuracy"].count, result.rates["accuracy"].n) == (3, 3)
     assert result.unscored_reasons == {"no answer: the cell of the answer is empty": 1}
+
+
+def test_an_xlsx_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "p.xlsx", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(5):
+            archive.writestr(f"{number}.xml", b" " * 60_000_000)
+    assert (tmp_path / "p.xlsx").stat().st_size < 1_000_000
+    with pytest.raises(UserError, match=r"p\.xlsx: 300,000,000 bytes unpacked, at most 268,435,456 are read"):
+        read_predictions(tmp_path / "p.xlsx")
+
+
+def test_entities_of_an_xlsx_are_not_unfolded(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    book.active.append(["index", "prediction"])
+    book.active.append([1, "A"])
+    book.save(tmp_path / "good.xlsx")
+    entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10 if n else "x" * 1000}">' for n in range(9))
+    with zipfile.ZipFile(tmp_path / "good.xlsx") as good, zipfile.ZipFile(tmp_path / "p.xlsx", "w") as archive:
+        for name in good.namelist():
+            text = good.read(name).decode()
+            if name.endswith("sheet1.xml"):
+                text = f"<!DOCTYPE worksheet [{entities}]>" + text.replace("prediction", "&e8;")
+            archive.writestr(name, text)
+    with pytest.raises(UserError, match=r"p\.xlsx cannot be read as xlsx"):
+        read_predictions(tmp_path / "p.xlsx")
 
 
 def test_xlsx_without_openpyxl_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

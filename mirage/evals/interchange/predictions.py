@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from mirage.errors import UserError
 from mirage.evals.task import Sample
@@ -19,6 +20,8 @@ from mirage.strict_json import read_json, read_json_lines
 Tool = Literal["vlmevalkit", "mis", "lmms-eval"]
 # vlmeval/smp/file.py INFER_FAIL_MSG: stands in the cell where the model's answer never came.
 VLMEVALKIT_FAILED = "Failed to obtain answer via API"
+# Of an xlsx file; what openpyxl holds of it grows with it.
+MAX_UNPACKED_BYTES = 256 * 1024**2
 _MARK = re.compile(r"<image(?: \d+)?>")
 # A record and where it stands.
 _Record = tuple[dict[str, Any], str]
@@ -134,13 +137,27 @@ def _xlsx_records(path: Path) -> Iterator[_Record]:
             "PRED_FORMAT=tsv, which loses no cells"
         ) from error
     try:
-        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).active
-        rows = sheet.iter_rows(values_only=True)
-        header = [str(name) for name in next(rows, ())]
-        for number, values in enumerate(rows, start=1):
-            yield dict(zip(header, values, strict=False)), f"{path}: row {number}"
+        with open_regular(path) as file:
+            _check_unpacked_size(file, path)
+            sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).active
+            rows = sheet.iter_rows(values_only=True)
+            header = [str(name) for name in next(rows, ())]
+            for number, values in enumerate(rows, start=1):
+                yield dict(zip(header, values, strict=False)), f"{path}: row {number}"
+    except UserError:
+        raise
     except Exception as error:  # zip, XML and openpyxl raise many types on damaged files
         raise UserError(f"{path} cannot be read as xlsx ({str(error)[:100]})") from error
+
+
+def _check_unpacked_size(file: BinaryIO, path: Path) -> None:
+    # openpyxl holds the table of texts in memory; an archive never gives out more than the size it states.
+    with zipfile.ZipFile(file) as archive:
+        unpacked_bytes = sum(part.file_size for part in archive.infolist())
+    if unpacked_bytes > MAX_UNPACKED_BYTES:
+        raise UserError(
+            f"{path}: {unpacked_bytes:,} bytes unpacked, at most {MAX_UNPACKED_BYTES:,} are read; write PRED_FORMAT=tsv"
+        )
 
 
 def _json_records(path: Path) -> Iterator[_Record]:
