@@ -28,6 +28,7 @@ from mirage.config.values import (
 from mirage.config.yaml_tree import Node, YamlError, parse_yaml, read_yaml
 from mirage.errors import UserError
 from mirage.safe_paths import printable
+from mirage.strict_json import read_json_object
 
 RECIPES_DIR = "recipes"
 _EXTENSIONS = (".yaml", ".yml", ".json")
@@ -122,6 +123,16 @@ def resolved_json(recipe: Recipe) -> str:
     # Validating once more gives defaults their declared types (2 and 2.0 must not be two recipes).
     canonical = Recipe.model_validate(recipe.model_dump())
     return json.dumps(canonical.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def read_resolved(file: Path) -> Recipe:
+    """The recipe in the recipe.json that a run has written. Raises `UserError` where it is damaged or unknown here."""
+    try:
+        return Recipe.model_validate(read_json_object(file, remedy="the run folder is damaged"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file} is not a recipe of this version ({where}: {first['msg']})") from error
 
 
 def with_newer_options(written: Mapping[str, Any]) -> dict[str, Any]:

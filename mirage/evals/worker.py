@@ -10,17 +10,16 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 
+from mirage.config.loader import read_resolved
 from mirage.config.schema import Recipe
 from mirage.errors import UserError
 from mirage.evals.hook import log_finished, run_job
 from mirage.evals.results import read_results
 from mirage.evals.schedule import Job, all_jobs, claimed, open_jobs, read_job, results_dir
 from mirage.report.callback import report_run
-from mirage.strict_json import read_json_object
 from mirage.tracking.console import Terminal
 from mirage.tracking.run import Tracker
 
@@ -103,12 +102,7 @@ def read_recipe(run_dir: Path) -> Recipe:
     path = run_dir / "recipe.json"
     if not path.is_file():
         raise UserError(f"{run_dir} is no run folder: it has no recipe.json")
-    try:
-        return Recipe.model_validate(read_json_object(path, remedy="the run folder is damaged"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is not a recipe of this version ({where}: {first['msg']})") from error
+    return read_resolved(path)
 
 
 def is_training(run_dir: Path) -> bool:

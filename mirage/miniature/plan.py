@@ -31,6 +31,7 @@ from mirage.miniature.conditions import (
     find_conditions,
     shipped,
 )
+from mirage.strict_json import read_json_object
 
 DATA_DIR = Path("data/mini")
 ROWS_FILE = "rows.jsonl"
@@ -189,7 +190,7 @@ def last_evaluation(run_dir: Path) -> Path | None:
     summary = run_dir / "summary.json"
     if not summary.is_file():
         return None
-    steps = json.loads(summary.read_text(encoding="utf-8")).get("steps")
+    steps = read_json_object(summary).get("steps")
     return None if steps is None else run_dir / "evals" / f"step-{steps:06d}"
 
 
@@ -213,7 +214,7 @@ def note_base(job: Job) -> None:
 def read_base(run_dir: Path) -> str | None:
     """The fingerprint of the base that a run has started from; None where it has not started."""
     file = run_dir / BASE_FILE
-    return json.loads(file.read_text(encoding="utf-8"))["fingerprint"] if file.is_file() else None
+    return read_json_object(file)["fingerprint"] if file.is_file() else None
 
 
 def state(job: Job) -> str:
@@ -232,7 +233,7 @@ def state(job: Job) -> str:
         _check_settings(job)
     if not (found / RESULTS_FILE).is_file() or not (found / SAMPLES_FILE).is_file():
         return "open"
-    results = json.loads((found / RESULTS_FILE).read_text(encoding="utf-8"))
+    results = read_json_object(found / RESULTS_FILE)
     expected = rows_fingerprint(job.options.data_dir)
     if results["data_sha256"] != expected:
         raise UserError(
@@ -257,7 +258,7 @@ def _check_settings(job: Job) -> None:
     file = job.folder / "recipe.json"
     if not file.is_file():
         raise UserError(f"{job.folder} has a summary and no recipe.json; remove it to run it again")
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json_object(file)
     now = json.loads(resolved_json(job.recipe()))
     changed = list(_differences(_comparable(before), _comparable(now)))
     if changed:

@@ -22,7 +22,7 @@ from mirage.miniature.plan import (
     rows_fingerprint,
     settings_hash,
 )
-from mirage.strict_json import read_json_lines
+from mirage.strict_json import read_json_lines, read_json_object
 
 SCHEMA_VERSION = 2
 # What samples are grouped by: tags of their rows, and two things that follow from the row.
@@ -160,7 +160,7 @@ def _read_run(
     """What is kept of a run without its outcomes, its samples, and the hash of the rows it was measured on."""
     evaluation = folder if seed is None else last_evaluation(folder)
     assert evaluation is not None
-    results = json.loads((evaluation / RESULTS_FILE).read_text(encoding="utf-8"))
+    results = read_json_object(evaluation / RESULTS_FILE)
     samples = read_samples(evaluation)
     run = {
         "family": family,
@@ -187,8 +187,7 @@ def answers_sha256(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _training(run_dir: Path) -> dict[str, Any]:
     """Steps, tokens, seconds and loss of a run that has ended. Raises `UserError` where its files do not say."""
-    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    recipe = json.loads((run_dir / "recipe.json").read_text(encoding="utf-8"))
+    summary, recipe = read_json_object(run_dir / "summary.json"), read_json_object(run_dir / "recipe.json")
     steps = summary["steps"]
     logged = [line for line in _lines(run_dir / "metrics.jsonl") if line.get("axis") == "train"]
     if not logged:
@@ -216,7 +215,7 @@ def _world_size(run_dir: Path, steps: int) -> int:
     file = run_dir / f"checkpoint-{steps:06d}" / "resume" / "state.json"
     if not file.is_file():
         raise UserError(f"{file} is missing; it says how many processes trained. Remove {run_dir} to run it again")
-    return int(json.loads(file.read_text(encoding="utf-8"))["world_size"])
+    return int(read_json_object(file)["world_size"])
 
 
 def _thinned(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -316,10 +315,7 @@ def read_results_file(file: Path) -> dict[str, Any]:
     """The content of a results.json. Raises `UserError` for another file or version."""
     if not file.is_file():
         raise UserError(f"there is no {file}; `make experiment` writes it")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON (line {error.lineno}: {error.msg}); run `make experiment`") from error
-    if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
+    found = read_json_object(file, remedy="run `make experiment`")
+    if found.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{file} is no results file of version {SCHEMA_VERSION}; run `make experiment`")
     return found

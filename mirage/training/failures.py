@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -31,6 +32,7 @@ from mirage.data.collate import PackedBatch
 from mirage.errors import UserError
 from mirage.files import sync
 from mirage.models.adapter import IGNORE_INDEX
+from mirage.strict_json import read_json_object
 from mirage.training import checkpoint as checkpoints
 
 if TYPE_CHECKING:
@@ -179,7 +181,7 @@ def _out_of_memory(trainer: Trainer, batches: Sequence[PackedBatch], error: Base
 def _failed_peer(trainer: Trainer, *, since: float) -> tuple[int, str] | None:
     """(rank, message) of another rank that saved its failure in this step; its file is whole before it ends."""
     for file in sorted((trainer.run_dir / FAILURES).glob(f"step-{trainer.step + 1:06d}-rank*/{FAILURE_FILE}")):
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_failure(file.parent)
         # A minute of grace for the clocks of two machines.
         if record["rank"] != trainer.rank and file.stat().st_mtime > since - 60:
             return record["rank"], f"{record['kind']}; {file.parent}"
@@ -280,6 +282,50 @@ def write_failure(
     shutil.rmtree(folder, ignore_errors=True)
     aside.replace(folder)
     sync(folder.parent)
+
+
+class _Sample(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    row_id: str
+    location: str
+    num_tokens: int
+    num_image_tokens: int
+    num_supervised_tokens: int
+
+
+class _Pack(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    number: int
+    file: str = Field(pattern=r"^pack-[0-9]+\.safetensors$")
+    samples: list[_Sample]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    kind: str
+    message: str
+    step: int = Field(ge=1)
+    rank: int = Field(ge=0)
+    packs: list[_Pack]
+    checkpoint: str | None
+    checkpoint_step: int = Field(ge=0)
+    base: str
+
+
+def read_failure(folder: Path) -> dict[str, Any]:
+    """What `write_failure` wrote down. Raises `UserError` where it is damaged."""
+    file = folder / FAILURE_FILE
+    record = read_json_object(file, remedy="the failure's folder is damaged")
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: {where}: {first['msg']}; the failure's folder is damaged") from None
+    return record
 
 
 def save_batch(batch: PackedBatch, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mirage.config.schema import Recipe
+from mirage.config.loader import read_resolved
 from mirage.data.collate import PackedBatch
 from mirage.errors import UserError
 from mirage.models.adapter import IGNORE_INDEX, ModelAdapter
@@ -26,6 +25,7 @@ from mirage.training.failures import (
     failed_weights_folder,
     is_out_of_memory,
     load_batch,
+    read_failure,
     spans,
 )
 from mirage.training.loss import PackedLossModel
@@ -122,8 +122,7 @@ def replay(path: Path, *, weights: Path | None = None, precision: str | None = N
     that is no failure, or weights that are gone.
     """
     folder = find_failure(path)
-    record = json.loads((folder / FAILURE_FILE).read_text(encoding="utf-8"))
-    recipe = Recipe.model_validate_json((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    record, recipe = read_failure(folder), read_resolved(folder / RECIPE_FILE)
     # Recomputed layers run twice, the second time inside the backward pass: what comes first would be hard to say.
     is_memory = record["kind"] == "out of memory"
     changes: dict[str, Any] = {} if is_memory else {"gradient_checkpointing": False}

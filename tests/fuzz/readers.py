@@ -629,6 +629,24 @@ _add(
 _add("tokenizer_config", "json", "tokenizer_config.json", _tokenizer, _read_tokenizer)
 _add("published_config", "json", "config.json", _published_model, _read_published_config)
 _add("failed_batch", "binary", "batch.safetensors", _failed_batch, _read_batch)
+
+
+def _failure(folder: Path) -> None:
+    sample = {"row_id": "a", "location": "rows.jsonl:1", "num_tokens": 9, "num_image_tokens": 4}
+    pack = {"number": 1, "file": "pack-1.safetensors", "samples": [sample | {"num_supervised_tokens": 3}]}
+    record = {"kind": "loss is not finite", "value": "nan", "message": "the loss is nan", "step": 3, "rank": 0}
+    last = {"checkpoint": None, "checkpoint_step": 0, "base": "shipped:internvl"}
+    _put(folder / "failure.json", record | {"packs": [pack]} | last)
+
+
+def _read_failure(folder: Path) -> None:
+    from mirage.training.failures import read_failure
+
+    for pack in read_failure(folder)["packs"]:
+        assert (folder / pack["file"]).parent == folder and "/" not in pack["file"]
+
+
+_add("failure", "json", "failure.json", _failure, _read_failure)
 _add("tensor_store", "binary", f"ab/{'ab' * 32}.safetensors", _tensor_store, _read_tensor_store)
 
 

@@ -121,7 +121,9 @@ def test_a_rank_that_hears_of_a_failed_peer_points_to_it(tmp_path):
         raise RuntimeError("gloo: Connection closed by peer")
     folder = failures.failure_folder(tmp_path, step=7, rank=1)
     folder.mkdir(parents=True)
-    (folder / "failure.json").write_text(json.dumps({"rank": 1, "kind": "out of memory"}))
+    record = {"rank": 1, "kind": "out of memory", "message": "", "step": 7, "packs": [], "checkpoint": None}
+    record |= {"checkpoint_step": 0, "base": "base"}
+    (folder / "failure.json").write_text(json.dumps(record))
     stopped = pytest.raises(failures.TrainingStopped, match="rank 1 stopped at step 7: out of memory")
     with stopped, failures.stop_on_failure(trainer, []):
         raise RuntimeError("gloo: Connection closed by peer")
