@@ -1,4 +1,4 @@
-"""The command line: `python -m data_gen make|run|status|diff|verify|review|export`."""
+"""The command line: `python -m data_gen make|run|status|diff|verify|export|review|accept|restyle`."""
 
 from __future__ import annotations
 
@@ -83,6 +83,11 @@ def _add_run_verbs(verbs: argparse._SubParsersAction[_Parser]) -> None:
     accept.add_argument("--out", type=Path, required=True, help="dataset folder that was reviewed")
     accept.add_argument("--decisions", type=Path, required=True, help="decisions.jsonl, as the page saved it")
     accept.add_argument("--to", type=Path, required=True, help="new folder")
+    styles = verbs.add_parser("restyle", help="write a dataset folder with training pictures in other colours")
+    styles.add_argument("--out", type=Path, required=True, help="dataset folder to start from")
+    styles.add_argument("--to", type=Path, required=True, help="new folder")
+    styles.add_argument("--share", type=float, default=0.3, help="share of the training pictures (default: 0.3)")
+    styles.add_argument("--seed", type=_seed, default=0, help="root of every random choice (default: 0)")
 
 
 def _failure_kinds(text: str) -> tuple[FailureKind, ...]:
@@ -107,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code. Raises UserError for what the user can correct."""
     arguments = _parser().parse_args(argv)
     verbs = {"make": _make, "run": _run, "status": _status, "diff": _diff, "verify": _verify}
-    verbs |= {"review": _review, "accept": _accept, "export": _export}
+    verbs |= {"review": _review, "accept": _accept, "export": _export, "restyle": _restyle}
     return verbs[arguments.verb](arguments)
 
 
@@ -257,6 +262,21 @@ def _accept(arguments: argparse.Namespace) -> int:
     console.say(
         f"{arguments.to}: written; {len(found.reviewed.kept)} rows, without {len(found.reviewed.rejected)} rejected "
         f"and {len(found.reviewed.orphaned)} of their siblings",
+        event="done",
+    )
+    return 0
+
+
+def _restyle(arguments: argparse.Namespace) -> int:
+    from data_gen.restyled import publish_restyled
+
+    console = _console(arguments)
+    found = publish_restyled(
+        _absolute(arguments.out), _absolute(arguments.to), share=arguments.share, seed=arguments.seed,
+        progress=console.track,
+    )  # fmt: skip
+    console.say(
+        f"{arguments.to}: written; {found.num_restyled} of {found.num_pictures} training pictures restyled",
         event="done",
     )
     return 0

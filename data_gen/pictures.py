@@ -128,7 +128,7 @@ def draw_thing(thing: Thing, *, pixels: int, seed: int, style: Style = "colour")
     left = (pixels - sprite.width) // 2 + generator.randint(-reach, reach)
     top = (pixels - sprite.height) // 2 + generator.randint(-reach, reach)
     canvas.paste(sprite, (left, top), sprite)
-    return _encode(canvas)
+    return encode_picture(canvas)
 
 
 @cache
@@ -156,7 +156,7 @@ def crop_photo(photo: Photo, *, pixels: int, seed: int) -> Picture:
     square = image.crop((left, top, left + edge, top + edge))
     if generator.random() < 0.5 and photo.mirror:
         square = ImageOps.mirror(square)
-    return _encode(square.resize((pixels, pixels), Image.Resampling.LANCZOS))
+    return encode_picture(square.resize((pixels, pixels), Image.Resampling.LANCZOS))
 
 
 def _place(low: int, high: int, *, edge: int, limit: int, generator: Random) -> int:
@@ -168,7 +168,8 @@ def _place(low: int, high: int, *, edge: int, limit: int, generator: Random) -> 
     return generator.randint(first, last)
 
 
-def _encode(image: Image.Image) -> Picture:
+def encode_picture(image: Image.Image) -> Picture:
+    """The image as PNG: the same pixels give the same bytes."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=PNG_LEVEL)
     return Picture(png=buffer.getvalue(), width=image.width, height=image.height)

@@ -12,6 +12,8 @@ from data_gen.store import MANIFEST_FILE, BuildFolder, manifest_sha256
 from mirage.data.row import Row, canonical_json
 
 KIND = "mirage-dataset"
+# What a folder's own rows and files decide; everything else in a manifest says how the rows were made.
+OWN_KEYS = ("files", "content_sha256", "code_version", "counts")
 Item = TypeVar("Item")
 Progress = Callable[[Iterable[Item], str, int], Iterator[Item]]
 

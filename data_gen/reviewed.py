@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.assemble import pictures_of
-from data_gen.publish import Progress, no_progress, write_dataset
+from data_gen.publish import OWN_KEYS, Progress, no_progress, write_dataset
 from data_gen.review import Reviewed, apply_decisions, read_decisions
 from data_gen.stages import export
 from data_gen.store import MANIFEST_FILE, build_lock, open_build_folder, publish, read_manifest
@@ -16,9 +16,6 @@ from mirage.data.row import canonical_json
 from mirage.data.sources import read_rows
 from mirage.errors import UserError
 from mirage.files import file_sha256
-
-# What the folder's own rows and files decide; everything else in a manifest says how the rows were made.
-OWN_KEYS = ("files", "content_sha256", "code_version", "counts")
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from PIL import Image, ImageEnhance, ImageOps
 
 from mirage.config.schema import EvalConfig, Family, PreprocessingConfig, TinyConfig
 from mirage.data.collate import collate
 from mirage.data.render import Sample, build_sample, image_token_counts
 from mirage.data.row import Row
 from mirage.data.sources import read_rows
+from mirage.data.styles import restyle
 from mirage.data.views import view_row
 from mirage.errors import UserError, run_main
 from mirage.evals.evaluate import evaluate_checkpoint
@@ -124,20 +124,6 @@ class Rows:
         """The samples of one step."""
         kinds = self._chance.choices(list(stage.mixture), list(stage.mixture.values()), k=stage.batch_samples)
         return [self.draw(kind) for kind in kinds]
-
-
-def restyle(picture: Image.Image, chance: random.Random) -> Image.Image:
-    """The picture in grey, with its colour channels exchanged, in few tones, or washed out."""
-    style = chance.choice(("grey", "exchanged", "few tones", "pale"))
-    if style == "grey":
-        return ImageOps.grayscale(picture).convert("RGB")
-    if style == "exchanged":
-        channels = list(picture.split())
-        chance.shuffle(channels)
-        return Image.merge("RGB", channels)
-    if style == "few tones":
-        return ImageOps.posterize(picture, bits=chance.choice((1, 2)))
-    return ImageEnhance.Color(picture).enhance(chance.uniform(0.1, 0.6))
 
 
 def build_base(
