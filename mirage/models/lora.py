@@ -42,7 +42,11 @@ def select_trainable(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, peft_config)
-    wrapped.peft_config["default"].base_model_name_or_path = base
+    written = wrapped.peft_config["default"]
+    written.base_model_name_or_path = base
+    # peft makes sets of these, whose order in adapter_config.json would differ from process to process.
+    written.target_modules = sorted(written.target_modules)
+    written.modules_to_save = sorted(written.modules_to_save) if written.modules_to_save else None
     return wrapped
 
 

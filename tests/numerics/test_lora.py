@@ -123,6 +123,9 @@ def test_saved_adapter_loads_in_plain_peft_with_equal_logits(tiny_folders, tmp_p
     save_model(model, wrapped, adapter, folder, state_dict=state, base=tiny_folders[family])
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_folders[family])
+    # The same bytes in each process: peft keeps sets, whose order depends on the process.
+    for names in (config["target_modules"], config["modules_to_save"] or []):
+        assert names == sorted(names)
     assert not list(folder.glob("*.bin"))
     base = AutoModelForImageTextToText.from_pretrained(tiny_folders[family], attn_implementation="eager")
     assert (logits_of(PeftModel.from_pretrained(base, folder), adapter) - ours).abs().max() < 1e-6
