@@ -247,7 +247,7 @@ Share = tuple[str, int, range]
 def run(names: Sequence[str], *, cases: int, seed: int, jobs: int, out: Path) -> list[Tally]:
     """The campaign; shares of a reader's cases go to processes of their own, `jobs` at a time."""
     starts = range(0, cases, SHARE_CASES)
-    shares = [(name, seed, range(start, min(start + SHARE_CASES, cases))) for start in starts for name in names]
+    shares = [(name, seed, range(start, min(start + SHARE_CASES, cases))) for name in names for start in starts]
     tallies = {name: Tally(name) for name in names}
     for tally in _alone(shares, out) if jobs == 1 else _in_processes(shares, jobs, out):
         tallies[tally.reader].add(tally)
