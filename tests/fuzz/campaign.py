@@ -35,6 +35,8 @@ from random import Random
 from types import FrameType
 from typing import Any
 
+from mirage.files import write_atomic
+
 # Of the processor, which a busy machine does not stretch, and of the clock, for what waits and does nothing.
 CASE_SECONDS, CASE_WALL_SECONDS = 10.0, 60.0
 # Traced memory of one case: a constant, and so much for each byte of the document.
@@ -271,9 +273,7 @@ def _finished(share: Share, out: Path) -> Tally | None:
 def _run_into(share: Share, out: Path) -> None:
     file = _file(share, out)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as aside:
-        json.dump(asdict(run_share(*share, str(out))), aside)
-    Path(aside.name).replace(file)
+    write_atomic(file, json.dumps(asdict(run_share(*share, str(out)))))
 
 
 def _alone(shares: Sequence[Share], out: Path) -> Iterator[Tally]:
