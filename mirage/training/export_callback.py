@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mirage.errors import UserError
 from mirage.files import write_atomic
 from mirage.model_card.write import (
     CARD_FILE,
@@ -22,6 +23,7 @@ from mirage.model_card.write import (
 from mirage.models import load_model
 from mirage.models.export_gate import ExportError, check_export
 from mirage.models.internvl_checkpoint import ORIGINALS, convert
+from mirage.strict_json import read_json_object
 from mirage.tracking.console import make_console
 from mirage.training.callbacks import Callback
 from mirage.training.checkpoint import read_ready, ready_checkpoints
@@ -80,8 +82,8 @@ def _write_cards(trainer: Trainer, checkpoint: Path) -> None:
 
 def _is_done(folder: Path, checkpoint: Path) -> bool:
     try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        summary = read_json_object(folder / SUMMARY_FILE)
+    except UserError:  # none, or damaged: it is written again
         return False
     ready = read_ready(checkpoint)
     return ready is not None and summary.get("fingerprint") == ready["fingerprint"]
