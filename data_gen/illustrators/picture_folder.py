@@ -265,7 +265,7 @@ def _picture(root: Path, file: str, layers: list[_Terms]) -> FolderPicture:
 
 def _name_from_stem(stem: str) -> str:
     """'kitchen_knife-02' -> 'kitchen knife'."""
-    words = re.sub(r"[\W_]+", " ", re.sub(r"[\W_\d]+$", "", stem)).strip()
+    words = re.sub(r"[\W_]+", " ", re.sub(r"(?<![\W_\d])[\W_\d]+$", "", stem)).strip()
     return words or stem
 
 

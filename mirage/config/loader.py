@@ -39,6 +39,8 @@ _WEIGHTS = {
     "internvl": ("OpenGVLab/InternVL2_5-8B", "tiny_internvl_mis"),
     "qwen2_vl": ("Qwen/Qwen2-VL-7B-Instruct", "tiny_qwen2vl_mis"),
 }
+# A dotted key in a message.
+_KEY = re.compile(r"(?<![a-z_])[a-z_]++(?:\.[a-z_0-9]+)+")
 _MAX_SHOWN, _MAX_SHOWN_CHARS = 40, 200
 # Stands where a value was refused: validation reports the place again and the loader leaves that report out.
 _REFUSED = object()
@@ -468,7 +470,7 @@ def _add_unknown_problems(build: _Build) -> None:
 
 def _origin(build: _Build, path: KeyPath, message: str) -> str:
     """Where `path` was given. A rule between keys names them: an override among those is the likely cause."""
-    named = [split(word) for word in re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", message)]
+    named = [split(word) for word in _KEY.findall(message)]
     overrides = [build.origins[key] for key in named if key in build.origins and "=" in build.origins[key]]
     return " ".join(overrides) if overrides else build.origins.get(path, join(path))
 

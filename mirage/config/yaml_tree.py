@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from mirage.tracking.redact import refuse_secrets
 # A recipe has a few hundred values. Aliases of aliases make billions of them out of a few lines.
 MAX_VALUES = 20_000
 MAX_BYTES = 8 * 1024**2
+# No UTF-8 can hold it.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def _convert(node: yaml.Node, open_nodes: tuple[int, ...], count: _Count) -> Nod
         raise YamlError("an alias contains itself", line)
     inner = (*open_nodes, id(node))
     if isinstance(node, yaml.ScalarNode):
+        _refuse_half_characters(node.value, line)
         quoted = node.style is not None
         # `key:` with nothing after it is YAML's null.
         return Node(Scalar(node.value if quoted or node.value else "null", quoted), line)
@@ -137,6 +141,7 @@ def _convert(node: yaml.Node, open_nodes: tuple[int, ...], count: _Count) -> Nod
         key_line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             raise YamlError("a key must be a plain word", key_line)
+        _refuse_half_characters(key_node.value, key_line)
         if key_node.value in items:
             raise YamlError(
                 f"{key_node.value!r} is given twice, first in line {items[key_node.value].key_line}", key_line
@@ -144,3 +149,8 @@ def _convert(node: yaml.Node, open_nodes: tuple[int, ...], count: _Count) -> Nod
         value = _convert(value_node, inner, count)
         items[key_node.value] = Node(value.value, value.line, key_line)
     return Node(items, line)
+
+
+def _refuse_half_characters(text: str, line: int) -> None:
+    if _HALF_CHARACTER.search(text):
+        raise YamlError(r"an escape (\ud800 to \udfff) is half a character; write the character itself", line)

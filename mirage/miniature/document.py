@@ -144,4 +144,4 @@ def _inline(text: str) -> str:
     found = html.escape(text, quote=False)
     found = re.sub(r"`([^`]+)`", r"<code>\1</code>", found)
     found = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", found)
-    return re.sub(r"\[([^\]]+)\]\((\S+?)\)", r'<a href="\2">\1</a>', found)
+    return re.sub(r"\[([^\[\]]+)\]\((\S+?)\)", r'<a href="\2">\1</a>', found)

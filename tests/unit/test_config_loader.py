@@ -322,6 +322,13 @@ def test_one_wrong_letter_is_understood(key: str, data: st.DataObject) -> None:
     assert OSA.distance(nearest_key(split(typed)) or "", typed) == 1
 
 
+@pytest.mark.parametrize("line", ['name: "\\udc80x"', '"\\ud83d": 1'])
+def test_half_a_character_is_refused(line: str, recipe_file: Path) -> None:
+    recipe_file.write_text(f"{BASE}{line}\n")
+    expected = f"{recipe_file}:5: an escape (\\ud800 to \\udfff) is half a character; write the character itself"
+    assert message(f"recipe={recipe_file}") == expected
+
+
 def test_key_given_twice(recipe_file: Path) -> None:
     assert "train.lr=2  given twice; the other one is train.lr=1" in message(
         f"recipe={recipe_file}", "train.lr=1", "train.lr=2"
