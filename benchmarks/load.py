@@ -241,6 +241,8 @@ def main() -> None:
         (options.evaluations, write_evaluations, [stage for stage in wanted if stage in EVALUATION_STAGES]),
     )
     found = []
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="load-") as scratch:
         for numbers, write, stages in kinds:
             for number in map(int, numbers.split(",") if stages else ()):
