@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from mirage.errors import UserError
 
@@ -22,7 +22,7 @@ _KINDS = {
 _NO_FILE_NAME = re.compile("[\\\\\x00-\x1f\x7f\ud800-\udfff]")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """A file opened for reading bytes. Raises `UserError` for what is none: a folder, a pipe, a device, nothing at all.
 
     Opening never waits: a named pipe without a writer would hold an ordinary `open` up for ever.

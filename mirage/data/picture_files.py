@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,9 +110,21 @@ def _stream(path: Path | None, content: bytes | None) -> BinaryIO:
         return io.BytesIO(content)
     assert path is not None, "a path or the content"
     try:
-        return open_regular(path)
+        return _KnownSize(open_regular(path))
     except UserError as error:
         raise UserError(f"image {error}; write the dataset again or unpack its images") from error
+
+
+class _KnownSize(io.BufferedReader):
+    """A file that asks for no more memory than it has bytes left: a damaged header asks it for gigabytes."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        super().__init__(file.detach())
+        self._num_bytes = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._num_bytes - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from mirage.errors import UserError
+from mirage.strict_json import parse_json
 
 LOGGER = logging.getLogger(__name__)
 SIZE_FILE = "size_bytes"
@@ -153,7 +154,7 @@ def _read_int(path: Path) -> int | None:
 def _seal(content: bytes) -> str:
     """sha256 of a safetensors file without its metadata: names, types, shapes and bytes of the tensors."""
     size = _LENGTH.unpack_from(content)[0]
-    header = json.loads(content[_LENGTH.size : _LENGTH.size + size])
+    header = parse_json(content[_LENGTH.size : _LENGTH.size + size])
     header.pop("__metadata__", None)
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     digest.update(memoryview(content)[_LENGTH.size + size :])
@@ -170,7 +171,7 @@ def _checked(content: bytes, key: str) -> dict[str, torch.Tensor] | None:
     """The tensors of a file whose seal and key are right, else None."""
     try:
         size = _LENGTH.unpack_from(content)[0]
-        metadata = json.loads(content[_LENGTH.size : _LENGTH.size + size])["__metadata__"]
+        metadata = parse_json(content[_LENGTH.size : _LENGTH.size + size])["__metadata__"]
         if metadata["seal"] != f"{key} {_seal(content)}":
             return None
         return load(content)

@@ -130,3 +130,18 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path, kind: str) -> 
 def test_cmyk_is_converted(tmp_path: Path) -> None:
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "a.tif")
     assert open_picture(tmp_path / "a.tif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_header_that_asks_for_gigabytes_gets_what_the_file_has(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(file)
+    content = bytearray(file.read_bytes())
+    content[8:12] = (2**31 - 1).to_bytes(4, "big")  # the length of the first chunk
+    file.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"a\.png"):
+            open_picture(file)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

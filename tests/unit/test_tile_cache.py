@@ -109,6 +109,7 @@ def damage_shape(path: Path) -> None:
         lambda path: path.write_bytes(path.read_bytes()[:-40]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"\xff" * 64),
+        lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5),
     ],
 )
 def test_damaged_entry_is_made_again(tiny_folders: dict[str, Path], tmp_path: Path, damage) -> None:
