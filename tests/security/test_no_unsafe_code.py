@@ -33,6 +33,11 @@ ALLOWED = {
     ): "objects of the driver for its own Ray workers, which Ray pickles too; no file and no reply is read with it",
     ("data_gen/ray_executor.py", "pickle.dumps"): "see above",
     ("data_gen/ray_executor.py", "pickle.loads"): "see above",
+    (
+        "mirage/evals/interchange/predictions.py",
+        "import zipfile",
+    ): "adds up the sizes that an xlsx file states before openpyxl opens it; nothing is unpacked",
+    ("mirage/evals/interchange/predictions.py", "zipfile.ZipFile"): "see above",
 }
 
 
