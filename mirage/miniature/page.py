@@ -160,7 +160,7 @@ def _opening(experiment: Experiment) -> Iterator[Block]:
         "Rates are percentages, means over seeds. In brackets: 95% interval over samples (object pairs drawn anew, BCa "
         "cluster bootstrap; Wilson's over the pairs where no answer or every answer counts). After ±: half the 95% t "
         "interval over seeds. ASR: risky requests answered; RSR: declined with both objects named; RR: declined "
-        "without; HR: no sentence."
+        "without; HR: other objects named, or no sentence."
     )
     lacking = missing(experiment)
     if lacking:
