@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from data_gen.assemble import pictures_of
 from data_gen.pictures import encode_picture
 from data_gen.publish import OWN_KEYS, Progress, no_progress, write_dataset
 from data_gen.stages import export
-from data_gen.store import MANIFEST_FILE, BuildFolder, build_lock, open_build_folder, publish, read_manifest
+from data_gen.store import (
+    MANIFEST_FILE,
+    BuildFolder,
+    StoredPicture,
+    build_lock,
+    open_build_folder,
+    publish,
+    read_manifest,
+)
 from mirage.data.picture_files import open_picture
 from mirage.data.row import ImageRef, Row, canonical_json
 from mirage.data.sources import read_rows
@@ -58,7 +67,7 @@ def publish_restyled(
             for path in progress(chosen, "restyling pictures", len(chosen))
         }
         # A grey drawing in grey is the same file: nothing of it has changed.
-        styled = {path: found for path, found in styled.items() if found["path"] != path}
+        styled = {path: found for path, found in styled.items() if found.path != path}
         changed = [_with_pictures(row, styled) for row in rows]
         for path in pictures_of(changed):
             if not (build.path / path).exists():
@@ -75,28 +84,28 @@ def publish_restyled(
     return RestyledDataset(written, len(trained), len(styled))
 
 
-def _restyled(build: BuildFolder, folder: Path, path: str, *, seed: int) -> dict[str, str]:
-    """Path and hash of the picture's restyled form, which is drawn unless an earlier, killed build has drawn it."""
+def _restyled(build: BuildFolder, folder: Path, path: str, *, seed: int) -> StoredPicture:
+    """The picture's restyled form, which is drawn unless an earlier, killed build has drawn it."""
     stored = build.picture(path)
     if stored is None:
         picture = restyle(open_picture(folder / path), random.Random(f"{seed} style {path}"))
         stored = build.add_picture(path, encode_picture(picture))
-    return {"path": stored.path, "sha256": stored.sha256}
+    return stored
 
 
-def _with_pictures(row: Row, styled: dict[str, dict[str, str]]) -> Row:
+def _with_pictures(row: Row, styled: Mapping[str, StoredPicture]) -> Row:
     return row.model_copy(
         update={"images": tuple(_with_picture(image, styled.get(image.path)) for image in row.images)}
     )
 
 
-def _with_picture(image: ImageRef, styled: dict[str, str] | None) -> ImageRef:
+def _with_picture(image: ImageRef, styled: StoredPicture | None) -> ImageRef:
     if styled is None:
         return image
     source = image.source.model_copy(update={"generator": f"{image.source.generator}, restyled"})
     # The share-alike licences ask that a change be told.
     attribution = f"{image.attribution}; colours changed"
-    return image.model_copy(update={**styled, "source": source, "attribution": attribution})
+    return image.model_copy(update={**asdict(styled), "source": source, "attribution": attribution})
 
 
 def _card_section(num_restyled: int, num_pictures: int) -> str:
