@@ -67,9 +67,11 @@ def parse_literal(text: str) -> Any:
     if is_too_deep(text):
         raise JsonError(f"more than {MAX_DEPTH} values inside each other, or brackets that do not match")
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise JsonError(f"no list: {str(error)[:80]}") from None
+    _refuse_surrogates(value)
+    return value
 
 
 def read_json(path: Path, *, remedy: str = "restore it from a copy", any_number: bool = False) -> Any:
@@ -180,7 +182,8 @@ def _refuse_constant(name: str) -> Any:
 
 def _refuse_surrogates(value: Any) -> None:
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        # A Python literal may hold what JSON cannot, which its reader refuses.
+        json.dumps(value, ensure_ascii=False, default=repr, skipkeys=True).encode("utf-8")
     except UnicodeEncodeError as error:
         found = f"\\u{ord(error.object[error.start]):04x}"
         raise JsonError(f"half of a surrogate pair ({found}), which is no character") from None

@@ -10,7 +10,15 @@ import pytest
 
 from mirage.errors import UserError
 from mirage.safe_paths import is_number, leads_outside, open_regular, printable, stays_inside
-from mirage.strict_json import MAX_LINE_BYTES, JsonError, json_lines, parse_json, read_json, read_json_object
+from mirage.strict_json import (
+    MAX_LINE_BYTES,
+    JsonError,
+    json_lines,
+    parse_json,
+    parse_literal,
+    read_json,
+    read_json_object,
+)
 
 REFUSED = [
     (b'{"a": 1, "a": 2}', "the key 'a' is given twice"),
@@ -130,3 +138,9 @@ def test_printable() -> None:
 def test_numbers_that_int_takes() -> None:
     texts = ("0", "007", "9" * 18, "9" * 19, "1" * 5000, "²", "٣", "-1", "")
     assert [is_number(text) for text in texts] == [True, True, True, *[False] * 6]
+
+
+def test_a_literal_holds_no_half_character() -> None:
+    assert parse_literal("[1, {'a': (2, b'x')}, {3}]") == [1, {"a": (2, b"x")}, {3}]
+    with pytest.raises(JsonError, match="half of a surrogate pair"):
+        parse_literal(r"['a', '\ud800']")
