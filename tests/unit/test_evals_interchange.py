@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import importlib.util
 import json
 import sys
+import tracemalloc
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from mirage import cli
 from mirage.config.schema import EvalConfig
 from mirage.data.row import Message, TextPart
 from mirage.errors import UserError
+from mirage.evals.interchange import predictions
 from mirage.evals.interchange.lmms_eval import write_folder
 from mirage.evals.interchange.predictions import match_predictions, read_predictions
 from mirage.evals.interchange.rescore import rescore
@@ -152,20 +155,65 @@ def test_an_xlsx_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
         read_predictions(tmp_path / "p.xlsx")
 
 
-def test_entities_of_an_xlsx_are_not_unfolded(tmp_path: Path) -> None:
+def xlsx_with(folder: Path, change: Callable[[str], str]) -> Path:
+    """An xlsx file of one prediction whose sheet's XML is changed."""
     book = openpyxl.Workbook()
     book.active.append(["index", "prediction"])
     book.active.append([1, "A"])
-    book.save(tmp_path / "good.xlsx")
-    entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10 if n else "x" * 1000}">' for n in range(9))
-    with zipfile.ZipFile(tmp_path / "good.xlsx") as good, zipfile.ZipFile(tmp_path / "p.xlsx", "w") as archive:
+    book.save(folder / "good.xlsx")
+    with zipfile.ZipFile(folder / "good.xlsx") as good, zipfile.ZipFile(folder / "p.xlsx", "w") as archive:
         for name in good.namelist():
             text = good.read(name).decode()
-            if name.endswith("sheet1.xml"):
-                text = f"<!DOCTYPE worksheet [{entities}]>" + text.replace("prediction", "&e8;")
-            archive.writestr(name, text)
+            archive.writestr(name, change(text) if name.endswith("sheet1.xml") else text)
+    return folder / "p.xlsx"
+
+
+def test_entities_of_an_xlsx_are_not_unfolded(tmp_path: Path) -> None:
+    entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10 if n else "x" * 1000}">' for n in range(9))
+    path = xlsx_with(tmp_path, lambda text: f"<!DOCTYPE worksheet [{entities}]>" + text.replace("prediction", "&e8;"))
     with pytest.raises(UserError, match=r"p\.xlsx cannot be read as xlsx"):
-        read_predictions(tmp_path / "p.xlsx")
+        read_predictions(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('ref="A1:B2"', 'ref="A1:ZZZZZZ99999999"'),
+        ('r="B2"', 'r="ZZZZZZ2"'),
+        ('r="B1"', 'r="ZZZZZZ1"'),
+        ('<row r="2">', '<row r="999999999">'),
+    ],
+)
+def test_an_xlsx_that_states_a_huge_sheet_takes_no_room_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    # A million empty rows take seconds.
+    monkeypatch.setattr(predictions, "MAX_ROWS", 20_000)
+
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new)
+
+    path = xlsx_with(tmp_path, change)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(UserError):
+            read_predictions(path)
+        assert tracemalloc.get_traced_memory()[1] < 32 * 1024**2
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_part_of_an_xlsx_that_is_said_to_be_larger_than_the_file_is_refused(tmp_path: Path) -> None:
+    path = xlsx_with(tmp_path, lambda text: text)
+    with zipfile.ZipFile(path) as archive:
+        first = archive.infolist()[0]
+    content = path.read_bytes()
+    place = content.index(b"PK\x01\x02") + 20
+    assert int.from_bytes(content[place : place + 4], "little") == first.compress_size
+    path.write_bytes(content[:place] + (2**30).to_bytes(4, "little") + content[place + 4 :])
+    with pytest.raises(UserError, match=r"p\.xlsx: 1,073,7.* bytes unpacked"):
+        read_predictions(path)
 
 
 def test_xlsx_without_openpyxl_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

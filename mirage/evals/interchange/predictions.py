@@ -22,6 +22,8 @@ Tool = Literal["vlmevalkit", "mis", "lmms-eval"]
 VLMEVALKIT_FAILED = "Failed to obtain answer via API"
 # Of an xlsx file; what openpyxl holds of it grows with it.
 MAX_UNPACKED_BYTES = 256 * 1024**2
+# The format's own limits. openpyxl fills a sheet up to the cell with the largest number, without end.
+MAX_COLUMNS, MAX_ROWS = 16_384, 1_048_576
 _MARK = re.compile(r"<image(?: \d+)?>")
 # A record and where it stands.
 _Record = tuple[dict[str, Any], str]
@@ -140,20 +142,31 @@ def _xlsx_records(path: Path) -> Iterator[_Record]:
         with open_regular(path) as file:
             _check_unpacked_size(file, path)
             sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).active
-            rows = sheet.iter_rows(values_only=True)
-            header = [str(name) for name in next(rows, ())]
+            sheet.reset_dimensions()
+            names = next(sheet.iter_rows(max_row=1, max_col=MAX_COLUMNS, values_only=True), ())
+            header = [str(name) for name in names[: _num_filled(names)]]
+            rows = sheet.iter_rows(min_row=2, max_col=max(1, len(header)), values_only=True)
             for number, values in enumerate(rows, start=1):
-                yield dict(zip(header, values, strict=False)), f"{path}: row {number}"
+                if number >= MAX_ROWS:
+                    raise UserError(f"{path}: more than {MAX_ROWS:,} rows, more than the format has")
+                if _num_filled(values):
+                    yield dict(zip(header, values, strict=False)), f"{path}: row {number}"
     except UserError:
         raise
     except Exception as error:  # zip, XML and openpyxl raise many types on damaged files
         raise UserError(f"{path} cannot be read as xlsx ({str(error)[:100]})") from error
 
 
+def _num_filled(cells: Sequence[Any]) -> int:
+    """Cells up to the last one that holds something."""
+    return max((number for number, value in enumerate(cells, start=1) if value is not None), default=0)
+
+
 def _check_unpacked_size(file: BinaryIO, path: Path) -> None:
     # openpyxl holds the table of texts in memory; an archive never gives out more than the size it states.
     with zipfile.ZipFile(file) as archive:
-        unpacked_bytes = sum(part.file_size for part in archive.infolist())
+        # zipfile makes room for what a part is said to take up in the file before it reads that.
+        unpacked_bytes = sum(max(part.file_size, part.compress_size) for part in archive.infolist())
     if unpacked_bytes > MAX_UNPACKED_BYTES:
         raise UserError(
             f"{path}: {unpacked_bytes:,} bytes unpacked, at most {MAX_UNPACKED_BYTES:,} are read; write PRED_FORMAT=tsv"
