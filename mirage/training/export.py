@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,51 @@ from mirage.models.adapter import ModelAdapter
 from mirage.models.internvl_checkpoint import copy_published_files
 
 WRAPPER_PREFIX = "hf."
+
+
+# What ZeRO-3 puts together at once: far below a layer of an 8B model, and enough for a collective to be worth it.
+_GATHERED_ELEMENTS = 64 * 1024**2
+
+
+def gather_trained_state(engine: Any, *, is_main: bool) -> dict[str, torch.Tensor]:
+    """Trained parameters and kept buffers of the engine's module, by name, copied to the CPU of the main rank.
+
+    A collective under ZeRO-3; the other ranks get {}. A checkpoint of adapters needs no more, and the frozen rest of an
+    8B model is 16 GB to carry.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    from mirage.training.optimizer_state import trained_parameters
+
+    module, sharded = engine.module, engine.zero_optimization_partition_weights()
+    state: dict[str, torch.Tensor] = {}
+    for names in _buckets(trained_parameters(engine)):
+        with GatheredParameters(list(names.values()), enabled=sharded):
+            if is_main:
+                state |= {name: p.detach().to("cpu", copy=True) for name, p in names.items()}
+    if is_main:
+        kept = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, part in module.named_modules()
+            for name, _ in part.named_buffers(recurse=False)
+            if name not in part._non_persistent_buffers_set
+        }
+        state |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in module.named_buffers() if name in kept}
+    return state
+
+
+def _buckets(parameters: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The parameters in order, some at a time."""
+    bucket: dict[str, Any] = {}
+    num_elements = 0
+    for name, parameter in parameters:
+        bucket[name] = parameter
+        num_elements += getattr(parameter, "ds_numel", parameter.numel())
+        if num_elements >= _GATHERED_ELEMENTS:
+            yield bucket
+            bucket, num_elements = {}, 0
+    if bucket:
+        yield bucket
 
 
 def save_model(
@@ -26,8 +72,9 @@ def save_model(
 ) -> None:
     """Write consolidated safetensors (full) or the peft adapter (LoRA), tokenizer, processor and spec into `folder`.
 
-    `state_dict` is the gathered state of `PackedLossModel`, whose parameter names begin with `hf.`. `base` is the
-    folder trained from; the published originals it carries go along, so that full weights can be published again.
+    `state_dict` is the gathered state of `PackedLossModel`, whose parameter names begin with `hf.`; with adapters, of
+    what is trained alone. `base` is the folder trained from; the published originals it carries go along, so that full
+    weights can be published again.
     """
     folder.mkdir(parents=True)
     state = {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in state_dict.items()}

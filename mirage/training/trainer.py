@@ -31,7 +31,7 @@ from mirage.training import checkpoint as checkpoints
 from mirage.training.callbacks import Callback
 from mirage.training.checkpoint import Written
 from mirage.training.distributed import build_accelerator, end, gather_objects, sum_over_ranks
-from mirage.training.export import link_untouched_model, save_model
+from mirage.training.export import gather_trained_state, link_untouched_model, save_model
 from mirage.training.failures import stop_on_failure, stop_unless_finite
 from mirage.training.feed import open_loader, open_pictures
 from mirage.training.hangs import name_hung_rank, open_roll_call
@@ -160,6 +160,7 @@ class Trainer:
             with self.signals.waiting(), name_hung_rank(self, self._roll_call):
                 self._train()
             self._call("on_end")
+            self._retire()
         except BaseException as raised:
             error = raised
             raise
@@ -264,9 +265,13 @@ class Trainer:
         if is_due and not self.signals.stop:
             with self.signals.at_once():
                 self._call("on_checkpoint", final, self.step)
+        self._retire()
+        self.engine.train()
+
+    def _retire(self) -> None:
+        """After each checkpoint, and at the end: a kill may have come in between, and what waited is measured then."""
         if self.is_main:
             checkpoints.retire(self.run_dir, keep_last=self.recipe.checkpoint.keep_last)
-        self.engine.train()
 
     def _write_checkpoint(self, *, is_due: bool) -> Path:
         final = self.run_dir / checkpoints.checkpoint_name(self.step)
@@ -311,7 +316,10 @@ class Trainer:
 
     def save_weights(self, folder: Path) -> None:
         """Write the model part of a checkpoint into the new folder. A collective; the main rank writes."""
-        state = self._accelerator.get_state_dict(self.engine)
+        if self.peft_model is not None:
+            state = gather_trained_state(self.engine, is_main=self.is_main)
+        else:
+            state = self._accelerator.get_state_dict(self.engine)
         if self.is_main:
             save_model(self.model, self.peft_model, self.adapter, folder, state_dict=state, base=self.base)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,20 @@ def test_killed_run_continues_to_the_same_bytes(tmp_path, repo_root, shapes, cac
     assert losses(whole) == losses(broken)
     assert losses(whole)[6] < losses(whole)[1]
     assert not list(broken.glob(".checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_checkpoints_that_a_kill_left_behind_are_retired_by_the_next_start(
+    tmp_path, repo_root, shapes, cache, whole_run
+):
+    """A kill between the last checkpoint and the removal of older ones leaves all of them, and no step to do."""
+    left = tmp_path / "left"
+    shutil.copytree(whole_run("tiny_internvl_mis"), left, symlinks=True)
+    arguments = command("tiny_internvl_mis", left, shapes, *RATES["tiny_internvl_mis"])
+    said = run(["checkpoint.keep_last=1" if word == "checkpoint.keep_last=9" else word for word in arguments],
+               repo_root, cache)  # fmt: skip
+    assert "continues after step 6" in said
+    assert [path.name for path in sorted(left.glob("checkpoint-*"))] == ["checkpoint-000006"]
 
 
 def test_one_process_learns_the_same_as_two(tmp_path, repo_root, shapes, cache, whole_run):
