@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirage.data.collate import collate
 from mirage.errors import UserError
+from mirage.training import head_loss as head_loss_module
 from mirage.training.head_loss import choose_kernel, head_loss, plain_linear
 from mirage.training.loss import PackedLossModel
 from tests.support.models import flat_gradients, fresh, relative_difference, samples
@@ -71,8 +72,11 @@ def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth.double()).norm() / truth.double().norm())
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"], ids=["one block", "aligned blocks"])
 @pytest.mark.parametrize("num_chunks", [1, 2, 4, 45, 100])
-def test_losses_and_gradients_are_the_exact_ones(num_chunks):
+def test_losses_and_gradients_are_the_exact_ones(monkeypatch, num_chunks, device_type):
+    cut = head_loss_module._vocabulary_blocks
+    monkeypatch.setattr(head_loss_module, "_vocabulary_blocks", lambda size, **_: cut(size, device_type=device_type))
     head, hidden, target, weights = drawn()
     found = head_loss(head, hidden, target, weights, num_chunks=num_chunks)
     (found.total * 0.37).backward()
@@ -197,6 +201,13 @@ def test_rows_of_logits_start_at_whole_loads(dtype):
     assert distance(found.losses, losses) < tolerance
     assert distance(hidden.grad, grad_hidden) < tolerance
     assert distance(head.weight.grad, grad_weight) < tolerance
+
+
+@pytest.mark.parametrize("size, ends", [(301, [296, 301]), (304, [304]), (5, [5])])
+def test_a_gpu_multiplies_a_vocabulary_that_is_out_of_step_in_two_blocks(size, ends):
+    blocks = head_loss_module._vocabulary_blocks(size, device_type="cuda")
+    assert [block.stop for block in blocks] == ends and blocks[0].start == 0
+    assert head_loss_module._vocabulary_blocks(size, device_type="cpu") == [slice(0, size)]
 
 
 def test_choice_of_kernel(monkeypatch):
