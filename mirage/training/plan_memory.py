@@ -165,9 +165,8 @@ def memory_plan(
     moments = _moments(counts, shape, recipe, pack, kernels, world_size=world_size)
     moments["optimiser step"] = {"optimiser's update": step}
     plan = MemoryPlan(state, moments, 0, host)
-    context = _CONTEXT_BYTES[kernels.device_type]
-    context += int(_FRAGMENTATION[kernels.device_type] * plan.tensor_bytes(plan.peak))
-    return replace(plan, context=context)
+    tensors = plan.tensor_bytes(plan.peak)
+    return replace(plan, context=with_context(tensors, device_type=kernels.device_type) - tensors)
 
 
 def _weight_bytes(counts: ParameterCounts, dtype_bytes: int) -> int:
@@ -298,6 +297,32 @@ def _head_bytes(counts: ParameterCounts, shape: Shape, recipe: Recipe, pack: Pac
     # A gradient larger than a bucket (head, embedding) is converted to fp32 whole before it is reduced.
     whole = counts.largest * (size + 4) if counts.largest > _zero(recipe, shape)["reduce_bucket_size"] else 0
     return int(max(logits + gradient, whole))
+
+
+def evaluation_bytes(
+    counts: ParameterCounts, shape: Shape, recipe: Recipe, plan: MemoryPlan, *, prompt_tokens: int
+) -> dict[str, int]:
+    """What a rank holds while it answers between steps, by part; {} where no rank of the run does.
+
+    Training's own tensors stay. The checkpoint is read whole beside them, unquantised, and each answer of a batch keeps
+    the keys and values of its prompt of `prompt_tokens` and of what it writes.
+    """
+    config = recipe.eval
+    if config.mode not in ("inline", "deferred"):
+        return {}
+    # bf16 on a GPU and fp32 on a CPU, whatever the run is trained in.
+    size = 2 if planned_kernels(recipe).device_type == "cuda" else 4
+    held_tokens = config.batch_size * (prompt_tokens + config.max_new_tokens)
+    return {
+        "training's tensors": sum(plan.state.values()),
+        "the model once more": size * counts.num_held,
+        "keys and values": 2 * size * shape.num_layers * shape.kv_size * held_tokens,
+    }
+
+
+def with_context(tensor_bytes: int, *, device_type: str) -> int:
+    """Tensors, and what a process on such a device holds besides."""
+    return tensor_bytes + _CONTEXT_BYTES[device_type] + int(_FRAGMENTATION[device_type] * tensor_bytes)
 
 
 def largest_pack(

@@ -33,7 +33,15 @@ from mirage.training.plan import (
     sample_work,
 )
 from mirage.training.plan_data import PlannedMixture, planned_mixture
-from mirage.training.plan_memory import MemoryPlan, PackShape, largest_pack, memory_plan, planned_kernels
+from mirage.training.plan_memory import (
+    MemoryPlan,
+    PackShape,
+    evaluation_bytes,
+    largest_pack,
+    memory_plan,
+    planned_kernels,
+    with_context,
+)
 
 _DEFAULT_MEMORY_BYTES = 80 * 10**9
 _ATTENTION = {
@@ -233,6 +241,25 @@ def _print_memory(console: Console, plan: RunPlan) -> None:
         console.print(f"[red]Does not fit into {available} GB.[/red] {_remedy(plan)}")
     else:
         console.print(f"Fits into {available} GB; data.pack_tokens could be up to {plan.largest_pack_tokens:,}.")
+    _print_evaluation(console, plan)
+
+
+def _print_evaluation(console: Console, plan: RunPlan) -> None:
+    """What answering between steps needs, which holds the model twice."""
+    config, kernels = plan.recipe.eval, planned_kernels(plan.recipe)
+    # The test's prompts are not read here: the longest training sample, answer and all, stands for them.
+    prompt_tokens = int(np.max(plan.mixture.lengths.num_tokens))
+    parts = evaluation_bytes(plan.counts, plan.shape, plan.recipe, plan.memory, prompt_tokens=prompt_tokens)
+    if not parts:
+        return
+    total = with_context(sum(parts.values()), device_type=kernels.device_type)
+    told = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items())
+    console.print(f"Evaluation between steps (eval.mode={config.mode}): {_gigabytes(total)} GB, of it {told}.")
+    if total > plan.memory_bytes:
+        console.print(
+            f"[red]Evaluation does not fit into {_gigabytes(plan.memory_bytes)} GB.[/red] eval.mode=worker measures on "
+            f"another GPU; a smaller eval.batch_size (now {config.batch_size}) saves keys and values."
+        )
 
 
 def _remedy(plan: RunPlan) -> str:
