@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,17 @@ SPECIAL_TOKENS = {
 
 
 def tiny_folder(
-    family: Family, config: TinyConfig, preprocessing: PreprocessingConfig, *, data_dir: Path, seed: int
+    family: Family,
+    config: TinyConfig,
+    preprocessing: PreprocessingConfig,
+    *,
+    data_dir: Path,
+    seed: int,
+    on_build: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """The folder of the tiny model for these settings and this dataset, built on the first call, cached after it.
 
+    `on_build` hears of the folder that is about to be built, by the one process that builds it.
     The same settings, seed and dataset give the same bytes on the same machine. Safe to call from several processes.
     """
     manifest = data_dir / "manifest.json"
@@ -85,6 +92,7 @@ def tiny_folder(
             aside = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
+            on_build(folder)
             build_tiny(aside, family, config, preprocessing, data_dir=data_dir, seed=seed)
             aside.replace(folder)
     return folder

@@ -30,8 +30,9 @@ class Pace:
             marks[-1] = (done, at_seconds)
         else:
             marks.append((done, at_seconds))
-        if self._has_start and len(marks) > 2:
-            # The first item takes what only a start takes: processes, kernels, caches.
+        if self._has_start and len(marks) > 2 and marks[1][0] - marks[0][0] <= done - marks[1][0]:
+            # The first item takes what only a start takes: processes, kernels, caches. Not so a burst of first items,
+            # without which the pause after it would be the pace.
             marks.popleft()
             self._has_start = False
         while len(marks) > MIN_UPDATES + 1 and at_seconds - marks[1][1] >= WINDOW_SECONDS:
@@ -40,7 +41,7 @@ class Pace:
     @property
     def seconds_each(self) -> float | None:
         """Seconds an item; None before two updates tell it."""
-        if self._has_start:
+        if len(self._marks) < (3 if self._has_start else 2):
             return None
         (first, since), (last, until) = self._marks[0], self._marks[-1]
         return (until - since) / (last - first) if last > first else None

@@ -11,6 +11,7 @@ from mirage.data.prefetch import PackDataset, StepLoader, worker_count
 from mirage.data.tile_cache import open_tile_cache
 from mirage.models.feature_homes import open_home
 from mirage.models.vision_cache import FeatureMaker
+from mirage.tracking.console import make_console
 from mirage.training.distributed import gather_objects, sum_over_ranks
 from mirage.training.weights import DTYPES
 
@@ -40,9 +41,12 @@ def open_pictures(trainer: Trainer) -> PictureSource:
     )
     features = maker.make(trainer.rows, pictures)
     num_computed = int(sum_over_ranks([maker.num_computed], trainer.device)[0])
-    if trainer.is_main and recipe.tracking.console != "quiet":
+    if trainer.is_main:
         seconds, where = time.perf_counter() - started, recipe.model.cache_vision_features
-        print(f"vision features of {num_computed} pictures computed in {seconds:.0f} s, kept in {where}", flush=True)
+        make_console(recipe.tracking.console).say(
+            f"vision features of {num_computed} pictures computed in {seconds:.0f} s, kept in {where}",
+            event="vision_features", num_computed=num_computed, seconds=round(seconds, 1), kept_in=where,
+        )  # fmt: skip
     return features
 
 

@@ -297,10 +297,11 @@ def configure_libraries(environ: MutableMapping[str, str], *, has_gpu: bool) -> 
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not has_gpu:
         environ["DS_ACCELERATOR"] = "cpu"
-    # DeepSpeed calls collectives by names that torch is about to retire: hundreds of lines, none of them the user's.
-    warnings.filterwarnings(
-        "ignore", message=r".*is deprecated\. Please use `torch\.distributed", category=FutureWarning
-    )
+    # Libraries call each other by names that are about to be retired: hundreds of lines, none of them the user's.
+    for message in (r".*is deprecated\. Please use `torch\.distributed", r"`is_gradient_checkpointing` is deprecated"):
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # The rank's device is the current one, which is what this says.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     import deepspeed.ops
     import transformers
 

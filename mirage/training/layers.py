@@ -20,7 +20,7 @@ def checkpoint_layers(model: Any, adapter: ModelAdapter, config: TrainConfig) ->
     """
     if not config.gradient_checkpointing:
         return 0
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     # transformers gives the output of every embedding a gradient, pixels' too, which only reentrant recomputing needs:
     # a frozen vision tower would keep its activations, run again and be gone back through for nothing.
     model.disable_input_require_grads()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mirage.files import write_atomic
+from mirage.tracking.console import ConsoleMode, make_console
 
 if TYPE_CHECKING:
     from mirage.training.trainer import Trainer
@@ -29,7 +30,9 @@ class StepProfiler:
     The steps recorded are slower than others; the profiler changes no number of the training.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, rank: int = 0, quiet: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, *, first_step: int, total_steps: int, rank: int = 0, console: ConsoleMode = "rich"
+    ) -> None:
         """`first_step` (from 0) is the first one that this process takes."""
         remaining = total_steps - first_step
         # The profiler's own start needs a step before the first one that it records, where there are two.
@@ -37,7 +40,7 @@ class StepProfiler:
         passed = min(_SKIPPED_STEPS + 1, remaining - self._recorded)
         first, last = first_step + passed + 1, first_step + passed + self._recorded
         self.path: Path | None = None
-        self._quiet = quiet
+        self._console = make_console(console)
         self._profiler: Any = None
         if self._recorded:
             self.path = run_dir / FOLDER / f"steps-{first:06d}-{last:06d}-rank{rank}.trace.json.gz"
@@ -78,8 +81,10 @@ class StepProfiler:
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=by, row_limit=_TABLE_ROWS, max_name_column_width=60)
         write_atomic(path.with_name(path.name.replace(".trace.json.gz", ".operators.txt")), table + "\n")
-        if not self._quiet:
-            print(f"profile of {self._recorded} steps: {path} (open in https://ui.perfetto.dev)", flush=True)
+        self._console.say(
+            f"profile of {self._recorded} steps: {path} (open in https://ui.perfetto.dev)",
+            event="profile", path=str(path), num_steps=self._recorded,
+        )  # fmt: skip
 
 
 def _activities() -> list[torch.profiler.ProfilerActivity]:
@@ -95,5 +100,5 @@ def open_profiler(trainer: Trainer) -> StepProfiler:
         first_step=trainer.step,
         total_steps=trainer.total_steps if asked else trainer.step,
         rank=trainer.rank,
-        quiet=trainer.recipe.tracking.console == "quiet",
+        console=trainer.recipe.tracking.console,
     )

@@ -214,7 +214,7 @@ class StepMeter:
         return [self._wait_seconds, clock.seconds(self._start, self._end), *parts.values(), busy]
 
     def _memory_bytes(self) -> float:
-        """The most that this rank has held: tensors on its GPU since the first step, else its resident memory ever."""
+        """The most that this rank has held: tensors on its GPU, evaluations' too, else its resident memory ever."""
         if self._trainer.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self._trainer.device))
         # Linux counts it in KiB (getrusage(2)).

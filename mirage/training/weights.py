@@ -13,6 +13,7 @@ from mirage.models.adapter import ModelAdapter
 from mirage.models.lora import load_adapter_weights, select_trainable
 from mirage.models.quantize import load_quantized
 from mirage.models.registry import find_weights, load_model
+from mirage.tracking.console import make_console
 from mirage.training.layers import checkpoint_layers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,7 +33,11 @@ def find_base(recipe: Recipe) -> Path:
             recipe.preprocessing,
             data_dir=recipe.data.dir,
             seed=recipe.train.seed,
-        )
+            on_build=lambda folder: make_console(recipe.tracking.console).say(
+                f"building the tiny model, once for this dataset and recipe, on the CPU: {folder}",
+                event="tiny_model", folder=str(folder),
+            ),
+        )  # fmt: skip
     require_weights(recipe)
     assert recipe.model.path is not None
     return find_weights(recipe.model.path, revision=recipe.model.revision)

@@ -41,7 +41,9 @@ from mirage.evals.schedule import (
     tier_config,
 )
 from mirage.tracking.console import make_console
+from mirage.training import trainer as trainer_module
 from mirage.training.checkpoint import WAITING_LEASE, leases, publish, ready_checkpoints, retire
+from mirage.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -82,6 +84,19 @@ def test_tiers(settings: dict[str, int], tiers: str) -> None:
 def test_tiers_that_have_no_effect_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match=r"eval\.(full_every|smoke_samples)"):
         EvalConfig(**settings)
+
+
+def test_the_end_of_a_run_retires_what_a_kill_left(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the last checkpoint and the removal of older ones leaves all of them, and no step to do."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    trainer = Trainer(load_recipe(["recipe=tiny_internvl_mis", f"run_dir={run_dir}", "checkpoint.keep_last=1"]))
+    trainer.step, trainer._roll_call, trainer._accelerator = 20, None, None
+    for name in ("setup", "_train"):
+        monkeypatch.setattr(trainer, name, lambda: None)
+    monkeypatch.setattr(trainer_module, "end", lambda accelerator: None)
+    trainer.fit()
+    assert [path.name for path in ready_checkpoints(run_dir)] == ["checkpoint-000000", "checkpoint-000020"]
 
 
 def test_a_checkpoint_stays_until_its_evaluation_is_done(run_dir: Path) -> None:

@@ -67,6 +67,14 @@ def test_the_pace_follows_a_change_of_speed_within_half_a_minute() -> None:
     assert pace.eta_seconds(10) == pytest.approx(40.0)
 
 
+def test_a_burst_of_first_items_counts_so_that_the_pause_after_it_is_not_the_pace() -> None:
+    pace = Pace()
+    for number in range(1, 241):
+        pace.mark(number, at_seconds=1e-4 * number)
+    pace.mark(241, at_seconds=1.2)
+    assert pace.eta_seconds(1143) == pytest.approx(1143 * 1.2 / 241)
+
+
 def test_bursts_even_out_and_quick_items_take_no_room() -> None:
     pace = Pace()
     for burst in range(40):
