@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Before any test module imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests run side by side on every core; threads of theirs would wait for each other, busily.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["NETRC"] = os.devnull
 os.environ["WANDB_SILENT"] = "true"
 for _name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_DIR", "HF_TOKEN"):
