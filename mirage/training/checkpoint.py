@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,23 +52,24 @@ def aside_name(step: int) -> str:
     return f".{checkpoint_name(step)}.partial"
 
 
-def fingerprint(hashes: dict[str, str]) -> str:
+def fingerprint(hashes: Mapping[str, str]) -> str:
     """Identity of the weights: 16 hex digits over the hashes of the model's safetensors files."""
     weights = {name: value for name, value in sorted(hashes.items()) if name.endswith(".safetensors")}
     weights = {name: value for name, value in weights.items() if not name.startswith("resume/")}
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]
 
 
-def publish(aside: Path, final: Path, *, step: int, is_due: bool = True) -> None:
-    """Make the folder written at `aside` the checkpoint `final`: sync, rename, READY. One process calls it.
+def publish(
+    aside: Path, final: Path, *, step: int, hashes: Mapping[str, str] | None = None, is_due: bool = True
+) -> None:
+    """Make the folder written at `aside` the checkpoint `final`: rename, READY. One process calls it.
 
-    READY of one that the recipe does not make due, which a signal asked for, says so.
+    `hashes` are the sha256 of all its files, which are on the disk then; without them both is seen to here. READY of
+    one that the recipe does not make due, which a signal asked for, says so.
     """
-    files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
-    # Waiting for the disk and hashing leave Python to others: large files are done side by side.
-    with ThreadPoolExecutor(_NUM_HASHED_TOGETHER) as pool:
-        digests = list(pool.map(_synced_sha256, files))
-    hashes = {path.relative_to(aside).as_posix(): digest for path, digest in zip(files, digests)}
+    if hashes is None:
+        hashes = synced_hashes([path for path in aside.rglob("*") if path.is_file()], relative_to=aside)
+    hashes = dict(sorted(hashes.items()))
     if final.exists():
         shutil.rmtree(final)
     aside.replace(final)
@@ -77,6 +78,15 @@ def publish(aside: Path, final: Path, *, step: int, is_due: bool = True) -> None
     if not is_due:
         manifest["on_signal"] = True
     write_atomic(final / READY, json.dumps(manifest, indent=2) + "\n")
+
+
+def synced_hashes(files: Iterable[Path], *, relative_to: Path) -> dict[str, str]:
+    """sha256 by relative name of files that have reached the disk."""
+    listed = list(files)
+    # Waiting for the disk and hashing leave Python to others: large files are done side by side.
+    with ThreadPoolExecutor(_NUM_HASHED_TOGETHER) as pool:
+        digests = list(pool.map(_synced_sha256, listed))
+    return {path.relative_to(relative_to).as_posix(): digest for path, digest in zip(listed, digests)}
 
 
 def _synced_sha256(path: Path) -> str:

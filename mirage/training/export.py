@@ -14,25 +14,22 @@ from mirage.models.adapter import ModelAdapter
 from mirage.models.internvl_checkpoint import copy_published_files
 
 WRAPPER_PREFIX = "hf."
-
-
 # What ZeRO-3 puts together at once: far below a layer of an 8B model, and enough for a collective to be worth it.
 _GATHERED_ELEMENTS = 64 * 1024**2
 
 
-def gather_trained_state(engine: Any, *, is_main: bool) -> dict[str, torch.Tensor]:
-    """Trained parameters and kept buffers of the engine's module, by name, copied to the CPU of the main rank.
+def gather_state(engine: Any, *, is_main: bool, trained_only: bool) -> dict[str, torch.Tensor]:
+    """Parameters and kept buffers of the engine's module, by name, copied into the main rank's host memory.
 
-    A collective under ZeRO-3; the other ranks get {}. A checkpoint of adapters needs no more, and the frozen rest of an
-    8B model is 16 GB to carry.
+    A collective under ZeRO-3; the other ranks get {}. A checkpoint of adapters needs what is trained and no more: the
+    frozen rest of an 8B model is 16 GB to carry.
     """
     from deepspeed.runtime.zero import GatheredParameters
 
-    from mirage.training.optimizer_state import trained_parameters
-
     module, sharded = engine.module, engine.zero_optimization_partition_weights()
     state: dict[str, torch.Tensor] = {}
-    for names in _buckets(trained_parameters(engine)):
+    parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad or not trained_only]
+    for names in _buckets(parameters):
         with GatheredParameters(list(names.values()), enabled=sharded):
             if is_main:
                 state |= {name: p.detach().to("cpu", copy=True) for name, p in names.items()}

@@ -98,6 +98,8 @@ def stop_unless_finite(trainer: Trainer, value: float, kind: Kind, batches: Sequ
     """
     if math.isfinite(value):
         return
+    # A checkpoint under way is of a sound step.
+    trainer.saver.finish()
     packs = list(range(len(batches)))
     if kind == "loss":
         packs = [number for number in packs if not math.isfinite(trainer.micro_losses[number])]
@@ -383,7 +385,7 @@ def _save_weights(trainer: Trainer) -> None:
     aside = final.with_name(f".{final.name}.partial")
     if trainer.is_main:
         shutil.rmtree(aside, ignore_errors=True)
-    trainer.save_weights(aside)
+    trainer.collect_weights()(aside)
     if trainer.is_main:
         for path in aside.iterdir():
             sync(path)

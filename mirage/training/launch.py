@@ -363,7 +363,6 @@ def _zero_config(recipe: Recipe, *, hidden_size: int, has_gpu: bool) -> dict[str
         zero["offload_param"] = {"device": "cpu", "pin_memory": has_gpu}
     if train.zero_stage == 3:
         zero.update(
-            stage3_gather_16bit_weights_on_model_save=True,
             stage3_prefetch_bucket_size=bucket,
             # Norms and biases stay whole on every rank.
             stage3_param_persistence_threshold=10 * hidden_size,

@@ -31,8 +31,8 @@ def trained_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
-def save_optimizer_state(engine: Any, folder: Path, *, rank: int, world_size: int) -> None:
-    """Write this rank's share into `rank-NNNNN.safetensors`: every `world_size`-th parameter, whole. All ranks call."""
+def collect_optimizer_state(engine: Any, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """This rank's share, copied into the host's memory: every `world_size`-th parameter, whole. All ranks call."""
     _link_moments(engine)
     tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
     for number, (name, parameter) in enumerate(trained_parameters(engine)):
@@ -40,7 +40,14 @@ def save_optimizer_state(engine: Any, folder: Path, *, rank: int, world_size: in
         state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         if number % world_size == rank:
             tensors |= {f"{name}/{key}": _host(value) for key, value in state.items()}
-    save_file(tensors, folder / f"rank-{rank:05d}.safetensors")
+    return tensors
+
+
+def write_optimizer_state(tensors: dict[str, torch.Tensor], folder: Path, *, rank: int) -> Path:
+    """Write a rank's share into `rank-NNNNN.safetensors`."""
+    file = folder / f"rank-{rank:05d}.safetensors"
+    save_file(tensors, file)
+    return file
 
 
 def load_optimizer_state(engine: Any, folder: Path, *, num_steps: int, rank: int) -> None:

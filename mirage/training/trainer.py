@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from mirage.config.loader import recipe_hash, resolved_json
+from mirage.config.loader import resolved_json
 from mirage.config.schema import Recipe
 from mirage.data.collate import PackedBatch, step_weight
 from mirage.data.lengths import LengthIndex, index_rows
@@ -29,9 +27,8 @@ from mirage.models.quantize import check_quantize
 from mirage.models.registry import load_adapter
 from mirage.training import checkpoint as checkpoints
 from mirage.training.callbacks import Callback
-from mirage.training.checkpoint import Written
-from mirage.training.distributed import build_accelerator, end, gather_objects, sum_over_ranks
-from mirage.training.export import gather_trained_state, link_untouched_model, save_model
+from mirage.training.distributed import build_accelerator, end, sum_over_ranks
+from mirage.training.export import gather_state, link_untouched_model, save_model
 from mirage.training.failures import stop_on_failure, stop_unless_finite
 from mirage.training.feed import open_loader, open_pictures
 from mirage.training.hangs import name_hung_rank, open_roll_call
@@ -40,10 +37,11 @@ from mirage.training.layers import compile_layers, gather_by_layer
 from mirage.training.ledger import NOT_DRAWN, TOO_LONG, UNUSABLE, Ledger
 from mirage.training.loss import PackedLossModel
 from mirage.training.optim import build_optimizer, set_learning_rates
-from mirage.training.optimizer_state import load_optimizer_state, save_optimizer_state
+from mirage.training.optimizer_state import load_optimizer_state
 from mirage.training.pack_checks import guard_packs
 from mirage.training.profile import open_profiler
 from mirage.training.resume import check_same_run, check_shared
+from mirage.training.saver import CheckpointSaver
 from mirage.training.signals import SignalWatch, Terminated
 from mirage.training.throughput import StepMeter, describe_peak
 from mirage.training.weights import DTYPES, find_base, load_for_training
@@ -63,6 +61,7 @@ class Trainer:
         self.epoch = 0.0
         self.kernels: dict[str, str] = {}
         self.signals = SignalWatch()
+        self.saver = CheckpointSaver(self)
         self._lock = FileLock(self.run_dir / ".lock") if self.is_main else None
 
     # Set-up
@@ -185,6 +184,8 @@ class Trainer:
             self.epoch = self.step / self.plan.steps_per_epoch
             if self.step % self.recipe.train.log_every == 0 or self.step == self.total_steps:
                 self._call("on_step", metrics | self.meter.metrics(metrics))
+            if self.saver.is_written:
+                self.saver.finish()
             is_due = self._checkpoint_due()
             if is_due or self.signals.save or self.signals.stop:
                 self.save_checkpoint(is_due=is_due)
@@ -212,10 +213,11 @@ class Trainer:
             tokens += len(batch.labels)
             if self.parts is not None:
                 parts += self.engine.module.part_sums.cpu()
-        sums = [sum(self.micro_losses), correct, supervised, tokens, *self.signals.numbers()]
+        sums = [sum(self.micro_losses), correct, supervised, tokens, *self.signals.numbers(), self.saver.number()]
         totals = sum_over_ranks([*sums, *parts.flatten().tolist()], self.device)
         mean_loss = totals[0] / total_weight
         self.signals.agree(totals[4:6])
+        self.saver.agree(totals[6])
         stop_unless_finite(self, mean_loss, "loss", batches)
         with self.meter.part("optimizer"):
             self.engine.step()
@@ -255,16 +257,20 @@ class Trainer:
         self._call("on_checkpoint", final, 0)
 
     def save_checkpoint(self, *, is_due: bool = True) -> None:
-        """Write the current step's checkpoint, mark it READY, tell the callbacks, retire old ones. All ranks call.
+        """Have the current step's checkpoint written while training goes on. All ranks call.
 
-        One that is not due was asked for by a signal: it is there to continue from, callbacks hear nothing of it, and
-        the next one takes its place. A run that is told to stop leaves what follows a checkpoint to the next start.
+        Where something waits for it, the run's end or an evaluation in the run, it is finished at once.
         """
-        with self.meter.checkpoint():
-            final = self._write_checkpoint(is_due=is_due)
+        self.saver.start(is_due=is_due)
+        is_measured = is_due and self.recipe.eval.mode == "inline"
+        if is_measured or self.signals.stop or self.step == self.total_steps:
+            self.saver.finish()
+
+    def checkpoint_ready(self, folder: Path, step: int, *, is_due: bool) -> None:
+        """What follows a checkpoint that was marked READY. All ranks call."""
         if is_due and not self.signals.stop:
             with self.signals.at_once():
-                self._call("on_checkpoint", final, self.step)
+                self._call("on_checkpoint", folder, step)
         self._retire()
         self.engine.train()
 
@@ -273,55 +279,18 @@ class Trainer:
         if self.is_main:
             checkpoints.retire(self.run_dir, keep_last=self.recipe.checkpoint.keep_last)
 
-    def _write_checkpoint(self, *, is_due: bool) -> Path:
-        final = self.run_dir / checkpoints.checkpoint_name(self.step)
-        aside = self.run_dir / checkpoints.aside_name(self.step)
-        if self.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / "resume").mkdir(parents=True)
-        self.barrier()
-        with self._all_written(aside) as written:
-            # Both write last, after their collectives: where a disk is full, all ranks still meet.
-            with written.caught():
-                save_optimizer_state(self.engine, aside / "resume", rank=self.rank, world_size=self.world_size)
-            with written.caught():
-                self.save_weights(aside / "model")
-            with written.caught():
-                self._write_summary(aside)
-        with self._all_written(aside) as written, written.caught():
+    def collect_weights(self) -> Callable[[Path], None]:
+        """What writes the model part of a checkpoint, as it is now, into a new folder. A collective.
+
+        The state is copied: training may go on before it is written, and in another thread. The main rank writes.
+        """
+        state = gather_state(self.engine, is_main=self.is_main, trained_only=self.peft_model is not None)
+
+        def write(folder: Path) -> None:
             if self.is_main:
-                checkpoints.publish(aside, final, step=self.step, is_due=is_due)
-        return final
+                save_model(self.model, self.peft_model, self.adapter, folder, state_dict=state, base=self.base)
 
-    def _write_summary(self, aside: Path) -> None:
-        if not self.is_main:
-            return
-        resolved = resolved_json(self.recipe)
-        (aside / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
-        summary = {"step": self.step, "world_size": self.world_size, "recipe_hash": recipe_hash(self.recipe)}
-        (aside / "resume" / "state.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
-
-    @contextlib.contextmanager
-    def _all_written(self, aside: Path) -> Iterator[Written]:
-        """Around writing into `aside`: where any rank cannot, all stop with its reason and remove what is there."""
-        written = Written()
-        yield written
-        reasons = gather_objects(written.reason) if self.world_size > 1 else [written.reason]
-        reason = next((found for found in reasons if found is not None), None)
-        if reason is None:
-            return
-        if self.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"the checkpoint of step {self.step} could not be written into {self.run_dir}: {reason}")
-
-    def save_weights(self, folder: Path) -> None:
-        """Write the model part of a checkpoint into the new folder. A collective; the main rank writes."""
-        if self.peft_model is not None:
-            state = gather_trained_state(self.engine, is_main=self.is_main)
-        else:
-            state = self._accelerator.get_state_dict(self.engine)
-        if self.is_main:
-            save_model(self.model, self.peft_model, self.adapter, folder, state_dict=state, base=self.base)
+        return write
 
     # Small services for callbacks
 

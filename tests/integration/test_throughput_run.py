@@ -31,8 +31,9 @@ def test_parts_checkpoints_and_profile_of_a_run(tmp_path, repo_root, shapes):
         assert 0 < line["train/mfu"] == pytest.approx(line["train/hfu"])
         assert 1 <= line["train/imbalance_planned"] < 2 and 1 <= line["train/imbalance_measured"] < 2
         assert 0 < line["train/pack_fill"] <= 1 and 0 <= line["train/attention_padding_share"] < 1
-    # Checkpoints follow steps 2 and 4: the next step tells what they took.
-    assert [line["step"] for line in steps if "train/checkpoint_seconds" in line] == [3, 5]
+    # Checkpoints follow steps 2 and 4: the next step tells what copying took, and a later one what finishing took.
+    told = [line["step"] for line in steps if "train/checkpoint_seconds" in line]
+    assert {3, 5} <= set(told) and min(told) == 3
 
     # What the dashboard's panels of training, data and speed name is what a run logs, and all of it is described.
     logged = {name for line in steps for name in line} | set(json.loads((run_dir / "summary.json").read_text()))

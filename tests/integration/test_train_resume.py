@@ -116,14 +116,35 @@ def whole_run(tmp_path_factory, repo_root, shapes, cache):
     return get
 
 
+# The checkpoint of step 2 is written once training has gone on by two steps, the next one never.
+SLOW_DISK = """
+import time
+from mirage.errors import run_main
+from mirage.train import leave, main
+from mirage.training import saver
+write = saver.write_optimizer_state
+def slowly(tensors, folder, *, rank):
+    began, metrics = time.monotonic(), folder.parent.parent / "metrics.jsonl"
+    while "-000002" not in str(folder) or metrics.read_text().count('"train"') < 4:
+        assert time.monotonic() - began < 60, "training did not go on, or was not killed"
+        time.sleep(0.01)
+    return write(tensors, folder, rank=rank)
+saver.write_optimizer_state = slowly
+if __name__ == "__main__":
+    run_main(lambda: leave(main()))
+"""
+
+
 @pytest.mark.parametrize("recipe", ["tiny_internvl_mis", pytest.param("tiny_qwen2vl_mis_lora", marks=pytest.mark.slow)])
 def test_killed_run_continues_to_the_same_bytes(tmp_path, repo_root, shapes, cache, whole_run, recipe):
-    whole, broken = whole_run(recipe), tmp_path / "broken"
+    """Also where the checkpoint it continues from was written while training went on."""
+    whole, broken, program = whole_run(recipe), tmp_path / "broken", tmp_path / "slow_disk.py"
+    program.write_text(SLOW_DISK)
     arguments = command(recipe, broken, shapes, *RATES[recipe])
-    kill_after(arguments, repo_root, cache, broken / "checkpoint-000002" / "READY")
-    assert not (broken / "checkpoint-000006").exists()
+    slow = [str(program) if word == "mirage/train.py" else word for word in arguments]
+    kill_after(slow, repo_root, cache, broken / "checkpoint-000002" / "READY")
     said = run(arguments, repo_root, cache)
-    assert "continues after step" in said
+    assert "continues after step 2" in said
     assert weights(whole / "checkpoint-000006") == weights(broken / "checkpoint-000006")
     assert losses(whole) == losses(broken)
     assert losses(whole)[6] < losses(whole)[1]
