@@ -3,7 +3,8 @@
 One invocation trains the same recipe with the real command (`accelerate launch`, two CPU processes, DeepSpeed):
 
 * without checkpoints, the baseline, whose start from nothing is also what a restart is compared with;
-* with a checkpoint every `--every` steps: seconds a checkpoint and a step, and so their share at any interval;
+* with a checkpoint every `--every` steps, once waited for as it is written, once written while training goes on:
+  seconds that training waits for a checkpoint, beside those of a step, and so their share at any interval;
 * killed (kill -9 of every process) some steps after a checkpoint and started again at once, `--kills` times: seconds to
   the start of the ranks' program, its imports, loading (data, model, optimiser state), and the first step.
 
@@ -50,19 +51,26 @@ def note(event, **more):
 note("program")
 from mirage.errors import run_main
 from mirage.train import leave, main
-from mirage.training import checkpoint
+from mirage.training.saver import CheckpointSaver
 from mirage.training.trainer import Trainer
-def timed(owner, name, event):
+def timed(owner, name, event, counts=lambda self: True):
     inner = getattr(owner, name)
-    def call(*args, **more):
-        started = time.monotonic()
-        found = inner(*args, **more)
-        note(event, seconds=time.monotonic() - started)
+    def call(self, *args, **more):
+        started, counted = time.monotonic(), counts(self)
+        found = inner(self, *args, **more)
+        if counted:
+            note(event, seconds=time.monotonic() - started)
         return found
     setattr(owner, name, call)
 timed(Trainer, "_train_step", "step")
-timed(Trainer, "save_checkpoint", "saved")
-timed(checkpoint, "publish", "published")
+timed(CheckpointSaver, "_collect", "collected")
+timed(CheckpointSaver, "finish", "finished", lambda self: self._part is not None)
+start = CheckpointSaver.start
+def start_and_wait(self, *, is_due):
+    start(self, is_due=is_due)
+    self.finish()
+if "RESUME_WAIT" in os.environ:
+    CheckpointSaver.start = start_and_wait
 setup = Trainer.setup
 def set_up(self):
     note("imported")
@@ -91,15 +99,18 @@ def main() -> None:
         write_dataset(folder / "data", edge=56, seed_rows=40)
         (folder / "program.py").write_text(PROGRAM.format(root=str(ROOT)))
         plain = finish(folder, "plain", arguments, every=1_000_000)
+        waiting = finish(folder, "waiting", arguments, every=arguments.every, RESUME_WAIT="1")
         saving = finish(folder, "saving", arguments, every=arguments.every)
-        show_overhead(plain, saving, num_bytes(folder / "saving"), arguments)
+        show_overhead(plain, waiting, saving, num_bytes(folder / "saving"), arguments)
         show_resume(plain, [kill_and_resume(folder, arguments, number) for number in range(arguments.kills)])
 
 
 # Runs
 
 
-def start(folder: Path, name: str, arguments: argparse.Namespace, *, every: int) -> subprocess.Popen[bytes]:
+def start(
+    folder: Path, name: str, arguments: argparse.Namespace, *, every: int, **more: str
+) -> subprocess.Popen[bytes]:
     """The real command on the run folder `name`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -111,7 +122,7 @@ def start(folder: Path, name: str, arguments: argparse.Namespace, *, every: int)
         f"checkpoint.every_steps={every}", *SETTINGS, *arguments.set,
     ]  # fmt: skip
     environ = os.environ | {"MIRAGE_CACHE": str(folder / "cache"), "RESUME_EVENTS": str(folder / f"{name}.jsonl")}
-    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
     return subprocess.Popen(command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL)
 
 
@@ -121,10 +132,10 @@ def read_events(folder: Path, name: str) -> Events:
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def finish(folder: Path, name: str, arguments: argparse.Namespace, *, every: int) -> Events:
+def finish(folder: Path, name: str, arguments: argparse.Namespace, *, every: int, **more: str) -> Events:
     """A run from its start to its end."""
     began = time.monotonic()
-    process = start(folder, name, arguments, every=every)
+    process = start(folder, name, arguments, every=every, **more)
     try:
         if process.wait() != 0:
             sys.exit(f"the run {name} failed")
@@ -155,8 +166,8 @@ def wait_for_steps(
     """Until `saved` checkpoints are written and `more` steps are made after the last of them."""
     while True:
         events = [event["event"] for event in read_events(folder, name)[skip:]] if exists(folder, name) else []
-        if events.count("saved") >= saved:
-            after = events[len(events) - events[::-1].index("saved") :] if saved else events
+        if events.count("finished") >= saved:
+            after = events[len(events) - events[::-1].index("finished") :] if saved else events
             if after.count("step") >= more:
                 return
         if process.poll() is not None:
@@ -193,31 +204,41 @@ def durations(events: Events, name: str) -> list[float]:
     return [event["seconds"] for event in events if event["event"] == name]
 
 
+def waited(events: Events) -> list[float]:
+    """Seconds that training waited for each checkpoint but the last, for which every run waits."""
+    parts = zip(durations(events, "collected"), durations(events, "finished"), strict=True)
+    return [collected + finished for collected, finished in parts][:-1]
+
+
 def loop_seconds(events: Events) -> float:
-    """From the first counted step's start to the end of the last step or checkpoint."""
-    steps = [event for event in events if event["event"] == "step"][SKIPPED_STEPS:]
-    last = max(event["at"] for event in events if event["event"] in ("step", "saved"))
-    return last - (steps[0]["at"] - steps[0]["seconds"])
+    """From the first counted step's start to the end of the last step."""
+    steps = [event for event in events if event["event"] == "step"]
+    first = steps[SKIPPED_STEPS]
+    return steps[-1]["at"] - (first["at"] - first["seconds"])
 
 
-def show_overhead(plain: Events, saving: Events, size: int, arguments: argparse.Namespace) -> None:
+def show_overhead(plain: Events, waiting: Events, saving: Events, size: int, arguments: argparse.Namespace) -> None:
     """What a checkpoint costs beside a step, and at which interval it is what share."""
     step = statistics.median(durations(plain, "step")[SKIPPED_STEPS:])
-    saved, published = durations(saving, "saved"), durations(saving, "published")
-    save = statistics.median(saved)
-    # The last checkpoint is written in both.
-    base = loop_seconds(plain) - durations(plain, "saved")[-1]
-    table = Table("", "seconds", "in steps", title=f"checkpoints, {arguments.recipe}, {size / 1e6:.1f} MB each")
-    table.add_row("a step, median of the run without checkpoints (baseline)", f"{step:.3f}", "1")
-    table.add_row("a checkpoint, median", f"{save:.3f}", f"{save / step:.2f}")
-    table.add_row("  of it: sync, hash, rename, READY", f"{statistics.median(published):.3f}", "")
-    table.add_row("the run without checkpoints", f"{base:.2f}", "")
-    ratio = loop_seconds(saving) / base
-    table.add_row(
-        f"the run with one every {arguments.every} steps", f"{loop_seconds(saving):.2f}", f"ratio {ratio:.3f}"
+    base = loop_seconds(plain)
+    table = Table(
+        "", "waited for", "beside training", title=f"checkpoints, {arguments.recipe}, {size / 1e6:.1f} MB each"
     )
+    runs = (waiting, saving)
+
+    def row(name: str, cells: list[str]) -> None:
+        table.add_row(name, *cells)
+
+    costs = [statistics.median(waited(events)) for events in runs]
+    row("a step, median of the run without checkpoints (baseline), s", [f"{step:.3f}"] * 2)
+    row("training waits for a checkpoint, median, s", [f"{cost:.3f}" for cost in costs])
+    row("  of it: copying the state", [f"{statistics.median(durations(run, 'collected')):.3f}" for run in runs])
+    row("  in steps", [f"{cost / step:.2f}" for cost in costs])
+    name = f"a run with one every {arguments.every} steps, beside the baseline"
+    row(name, [f"{loop_seconds(events) / base:.3f} ({loop_seconds(events):.1f} s)" for events in runs])
     for every in arguments.intervals:
-        table.add_row(f"share of training time, one every {every} steps", f"{save / (save + every * step):.1%}", "")
+        shares = [f"{cost / (cost + every * step):.1%}" for cost in costs]
+        row(f"share of training time, one every {every} steps", shares)
     Console(width=110).print(table)
 
 

@@ -145,7 +145,10 @@ def memory_plan(
     optimizer = counts.num_trained * (per_parameter["master weights"] + per_parameter["AdamW moments"]) // divide[2]
     step = _step_bytes(counts, recipe, world_size=world_size, device_type=kernels.device_type)
     # Each rank reads the whole weights before they are sharded.
-    host = {"weights while loading": counts.num_total * per_parameter["weights"]}
+    host = {
+        "weights while loading": counts.num_total * per_parameter["weights"],
+        "a checkpoint being written (the first process)": _checkpoint_bytes(counts, recipe, world_size=world_size),
+    }
     on_host = train.offload_optimizer
     if on_host:
         host |= {"optimiser": optimizer, "optimiser's update": step}
@@ -167,6 +170,12 @@ def memory_plan(
     plan = MemoryPlan(state, moments, 0, host)
     tensors = plan.tensor_bytes(plan.peak)
     return replace(plan, context=with_context(tensors, device_type=kernels.device_type) - tensors)
+
+
+def _checkpoint_bytes(counts: ParameterCounts, recipe: Recipe, *, world_size: int) -> int:
+    """The state that the first rank holds until it is written: its share in fp32, and the weights that are saved."""
+    saved = counts.num_trained if recipe.model.lora is not None else counts.num_total
+    return 12 * counts.num_trained // world_size + saved * state_bytes_per_parameter(recipe)["weights"]
 
 
 def _weight_bytes(counts: ParameterCounts, dtype_bytes: int) -> int:

@@ -164,6 +164,8 @@ class Trainer:
             error = raised
             raise
         finally:
+            if isinstance(error, Exception):
+                self.saver.wait()
             for callback in self.callbacks:
                 callback.on_close(self, error)
             if error is None or isinstance(error, RunStopped) or (isinstance(error, Terminated) and error.agreed):

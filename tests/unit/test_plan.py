@@ -160,6 +160,15 @@ def test_paper_run_fits_eight_gpus_and_not_one() -> None:
     assert memory_plan(counts, shape, recipe, world_size=1).total > 140e9
 
 
+def test_a_checkpoint_being_written_is_on_the_host() -> None:
+    name = "a checkpoint being written (the first process)"
+    for recipe_name, weights in (("internvl_mis", 2 * 8.075e9), ("internvl_mis_lora", 0)):
+        recipe, counts, shape = sizes(f"recipe={recipe_name}")
+        found = memory_plan(counts, shape, recipe, world_size=8).host[name]
+        per_trained = 12 / 8 + (0 if weights else state_bytes_per_parameter(recipe)["weights"])
+        assert found == pytest.approx(weights + per_trained * counts.num_trained, rel=1e-3)
+
+
 def test_offloaded_state_is_on_the_host() -> None:
     recipe, counts, shape = sizes("recipe=internvl_mis", "train.offload_optimizer=true")
     plan = memory_plan(counts, shape, recipe, world_size=8)

@@ -92,6 +92,7 @@ def test_a_gradient_that_is_no_number_keeps_all_packs(tiny_folders, shapes, tmp_
     trainer = SimpleNamespace(
         recipe=recipe, run_dir=recipe.run_dir, rank=0, world_size=1, step=41, micro_losses=[3.5, 2.5], rows=rows,
         adapter=adapter, base=tiny_folders["internvl"], device=torch.device("cpu"), barrier=lambda: None,
+        saver=SimpleNamespace(finish=lambda: None),
     )  # fmt: skip
     failures.stop_unless_finite(trainer, 1.0, "gradient norm", [batch, batch])
     with pytest.raises(
