@@ -170,7 +170,7 @@ def _out_of_memory(trainer: Trainer, batches: Sequence[PackedBatch], error: Base
     where = f"in {_pack_text(trainer, batches, number)}" if in_pack else f"after its {len(batches)} packs"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     # Other ranks cannot be asked: the first one marks a checkpoint READY by itself.
-    trainer.saver.wait()
+    trainer.saver.wait(until_ready=True)
     problem = _try_saving(trainer, "out of memory", batches, packs=packs, value=None, message=reason)
     folder = failure_folder(trainer.run_dir, step=trainer.step + 1, rank=trainer.rank)
     stopped = TrainingStopped(

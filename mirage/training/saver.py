@@ -164,10 +164,13 @@ class CheckpointSaver:
             raise part.error
         raise UserError(f"the checkpoint of step {part.step} could not be written into {part.aside.parent}: {reason}")
 
-    def wait(self, seconds: float = WAIT_SECONDS) -> None:
-        """For one rank that has failed, without the others: give the checkpoint under way so long to be READY."""
+    def wait(self, *, until_ready: bool, seconds: float = WAIT_SECONDS) -> None:
+        """For one rank that has failed, without the others: give the checkpoint under way so long to be READY, or to be
+        written as far as it is this rank's part."""
         part, deadline = self._part, time.monotonic() + seconds
-        while part is not None and checkpoints.read_ready(part.final) is None and part.written.reason is None:
+        if part is None or (part.own_done.wait(seconds) and not until_ready):
+            return
+        while part.written.reason is None and checkpoints.read_ready(part.final) is None:
             if time.monotonic() > deadline:
                 return
             time.sleep(_POLL_SECONDS)

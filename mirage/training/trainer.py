@@ -165,7 +165,7 @@ class Trainer:
             raise
         finally:
             if isinstance(error, Exception):
-                self.saver.wait()
+                self.saver.wait(until_ready=self.is_main)
             for callback in self.callbacks:
                 callback.on_close(self, error)
             if error is None or isinstance(error, RunStopped) or (isinstance(error, Terminated) and error.agreed):

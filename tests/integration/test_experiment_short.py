@@ -17,7 +17,7 @@ from tests.integration.test_train_resume import environment
 ROWS = {"train": 800, "train_twins": 800, "train_general": 1320, "easy": 40, "hard": 40, "twins": 80, "general": 60}
 # A quarter of the recipes' batch: more steps for the same rows.
 BATCH_SAMPLES = 16
-STEPS = {"mini_internvl_vlguard": 120, "mini_internvl_mis": 300}
+STEPS = {"mini_internvl_vlguard": 80, "mini_internvl_mis": 200}
 TASKS = "eval.tasks=mis_easy,mis_hard,twins,general"
 
 

@@ -165,8 +165,7 @@ def test_what_all_ranks_have_written_becomes_a_checkpoint_though_training_fails(
         saver.start(is_due=True)
     final = tmp_path / "checkpoint-000001"
     ranks[0].slow_disk.set()
-    # The second rank's weights are not its business; its optimiser state is.
-    savers[1].wait(20)
+    savers[1].wait(until_ready=True)
     assert [saver.number() for saver in savers] == [1.0, 1.0]
     ready = read_ready(final)
     assert ready is not None and {path.name for path in (final / "resume").iterdir()} == {
@@ -174,7 +173,7 @@ def test_what_all_ranks_have_written_becomes_a_checkpoint_though_training_fails(
     }  # fmt: skip
     listed = {path.relative_to(final).as_posix() for path in final.rglob("*") if path.is_file()}
     assert listed == {*ready["files"], "READY"}
-    savers[0].wait(0)
+    savers[0].wait(until_ready=True, seconds=0)
 
 
 def test_without_every_ranks_part_there_is_no_checkpoint(trainer: FakeTrainer) -> None:
@@ -182,5 +181,6 @@ def test_without_every_ranks_part_there_is_no_checkpoint(trainer: FakeTrainer) -
     saver = CheckpointSaver(trainer)  # type: ignore[arg-type]
     trainer.slow_disk.set()
     saver.start(is_due=True)
-    saver.wait(0.5)
+    saver.wait(until_ready=False)
+    saver.wait(until_ready=True, seconds=0.5)
     assert saver.number() == 1.0 and not list(trainer.run_dir.glob("checkpoint-*"))
