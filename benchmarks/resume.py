@@ -102,7 +102,9 @@ def main() -> None:
         waiting = finish(folder, "waiting", arguments, every=arguments.every, RESUME_WAIT="1")
         saving = finish(folder, "saving", arguments, every=arguments.every)
         show_overhead(plain, waiting, saving, num_bytes(folder / "saving"), arguments)
-        show_resume(plain, [kill_and_resume(folder, arguments, number) for number in range(arguments.kills)])
+        resumed = [kill_and_resume(folder, arguments, number) for number in range(arguments.kills)]
+        if resumed:
+            show_resume(plain, resumed)
 
 
 # Runs
