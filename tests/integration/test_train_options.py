@@ -28,20 +28,21 @@ def settings(arguments: list[str], *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("processes", "options"),
     [
-        ["train.zero_stage=2", *OFFLOADED],
-        pytest.param(["train.zero_stage=1"], marks=pytest.mark.slow),
-        pytest.param(["train.zero_stage=1", *OFFLOADED], marks=pytest.mark.slow),
-        pytest.param(["train.zero_stage=2"], marks=pytest.mark.slow),
-        pytest.param(["train.zero_stage=3", *OFFLOADED], marks=pytest.mark.slow),
-        pytest.param(["train.zero_stage=3", *OFFLOADED, "train.offload_parameters=true"], marks=pytest.mark.slow),
+        (1, ["train.zero_stage=2", *OFFLOADED]),
+        pytest.param(2, ["train.zero_stage=1"], marks=pytest.mark.slow),
+        pytest.param(2, ["train.zero_stage=1", *OFFLOADED], marks=pytest.mark.slow),
+        pytest.param(2, ["train.zero_stage=2"], marks=pytest.mark.slow),
+        pytest.param(2, ["train.zero_stage=2", *OFFLOADED], marks=pytest.mark.slow),
+        pytest.param(2, ["train.zero_stage=3", *OFFLOADED], marks=pytest.mark.slow),
+        pytest.param(2, ["train.zero_stage=3", *OFFLOADED, "train.offload_parameters=true"], marks=pytest.mark.slow),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_every_way_to_shard_continues_with_several_rates(tmp_path, repo_root, shapes, cache, options):
-    run_dir = tmp_path / "run"
-    arguments = settings(command("tiny_internvl_mis", run_dir, shapes), *options, *RATES, "train.max_steps=4")
+def test_every_way_to_shard_continues_with_several_rates(tmp_path, repo_root, shapes, cache, processes, options):
+    run_dir, more = tmp_path / "run", [*options, *RATES, "train.max_steps=4"]
+    arguments = settings(command("tiny_internvl_mis", run_dir, shapes, processes=processes), *more)
     run(arguments, repo_root, cache)
     last = run_dir / "checkpoint-000004"
     before, first_losses = weights(last), losses(run_dir)
