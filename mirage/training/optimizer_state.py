@@ -26,7 +26,7 @@ MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def trained_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
+def _trained_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
     """What the engine's module trains, by name, in the module's order: the same on every rank."""
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
@@ -35,7 +35,7 @@ def collect_optimizer_state(engine: Any, *, rank: int, world_size: int) -> dict[
     """This rank's share, copied into the host's memory: every `world_size`-th parameter, whole. All ranks call."""
     _link_moments(engine)
     tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
-    for number, (name, parameter) in enumerate(trained_parameters(engine)):
+    for number, (name, parameter) in enumerate(_trained_parameters(engine)):
         state = {MASTER: safe_get_full_fp32_param(parameter)}
         state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         if number % world_size == rank:
@@ -58,7 +58,7 @@ def load_optimizer_state(engine: Any, folder: Path, *, num_steps: int, rank: int
         with safe_open(file, framework="pt") as tensors:
             where |= {key: file for key in tensors.keys() if key != "rng"}  # noqa: SIM118
     files = {file: safe_open(file, framework="pt") for file in set(where.values())}
-    for name, parameter in trained_parameters(engine):
+    for name, parameter in _trained_parameters(engine):
         for key in (MASTER, *MOMENTS):
             full_name = f"{name}/{key}"
             _set(parameter, key, files[where[full_name]].get_tensor(full_name))
